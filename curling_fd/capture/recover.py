@@ -1,0 +1,42 @@
+"""Ending whatever checkpointing is under way, ours or that of a daemon that died: the guest runs on."""
+
+from __future__ import annotations
+
+import trio
+
+from curling_fd.capture.settings import capabilities, set_capabilities
+from curling_fd.errors import CheckpointTimeout
+from curling_fd.qmp.client import QmpClient
+
+#: Seconds for QEMU to end what was under way.
+_TIMEOUT = 10.0
+
+#: Capabilities we turn on, and a daemon that died could not turn off again.
+_OURS = ("x-colo", "background-snapshot")
+
+_UNDER_WAY = ("setup", "active", "device", "pre-switchover", "cancelling", "colo")
+
+
+async def recover(qmp: QmpClient) -> None:
+    """End a checkpoint loop or a migration in whatever state it is; nothing happens where there is none.
+
+    Raises:
+        CheckpointTimeout: QEMU did not end it.
+    """
+    with qmp.events() as events:
+        status = (await qmp.execute("query-migrate")).get("status")
+        with trio.move_on_after(_TIMEOUT) as scope:
+            if status == "colo":
+                await qmp.execute("x-colo-lost-heartbeat", out_of_band=True)
+            elif status in _UNDER_WAY:
+                await qmp.execute("migrate_cancel")
+            while (await qmp.execute("query-migrate")).get("status") in _UNDER_WAY:
+                async for event in events:
+                    if event.name == "MIGRATION":
+                        break
+                else:
+                    return  # QEMU is gone; whoever uses the monitor next is told
+    if scope.cancelled_caught:
+        raise CheckpointTimeout(_TIMEOUT, "QEMU to end an earlier migration")
+    known = await capabilities(qmp)
+    await set_capabilities(qmp, {name: False for name in _OURS if known.get(name)})

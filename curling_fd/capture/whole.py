@@ -1,0 +1,298 @@
+"""The engines `snapshot` and `precopy`: whole migrations over and over, made incremental on our side.
+
+`snapshot` asks for a background snapshot: QEMU stops the guest for a moment and writes an image of that
+moment while the guest runs on. `precopy` is the RFC's own way: a plain live migration, after which the guest
+is told to go on. Either way all of memory comes at each checkpoint; what differs from the last image is kept
+and shipped, encoded as QEMU would have.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+
+import trio
+
+from curling_fd.capture.engine import Description, EngineOptions, PassSink
+from curling_fd.capture.intake import PassIntake
+from curling_fd.capture.reader import Captured, migration_socketpair, set_receive_timeout
+from curling_fd.capture.settings import migration_settings, set_capabilities
+from curling_fd.errors import CheckpointTimeout, CheckpointTooLarge, EngineFailed, QmpCommandFailed, QmpError
+from curling_fd.qmp.client import EventStream, QmpClient
+from curling_fd.system.buffers import Buffer
+from curling_fd.system.guard import Guard
+from curling_fd.system.nursery import open_nursery
+from curling_fd.vmstate.ram import fill_bytes, page_addresses
+from curling_fd.vmstate.records import (
+    PAGE_SIZE,
+    PAGE_STRIDE,
+    BlockTable,
+    DeviceState,
+    Event,
+    FillRun,
+    PageRun,
+    RamLayout,
+    SectionType,
+)
+from curling_fd.vmstate.restore import RamSectionWriter
+from curling_fd.vmstate.scanner import Scanner
+
+_FD_NAME = "curling-migration"
+
+#: Bytes read from QEMU at a time.
+_CHUNK = 4 << 20
+
+#: Bytes of device state believed.
+_MAX_DEVICE_STATE = 256 << 20
+
+#: Seconds QEMU may be silent in the middle of a migration; a guest with much memory and a slow
+#: accelerator pauses between the rounds of a pass.
+_SILENCE = 10.0
+
+#: Seconds for QEMU to finish a migration after its last byte.
+_FINISH = 10.0
+
+#: Pause between two `cont` while QEMU finishes the migration, in seconds.
+_AGAIN = 0.001
+
+_ZERO = bytes(PAGE_SIZE)
+
+
+class LastImage:
+    """What the backup has: an image of every RAM block as last shipped."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Buffer] = {}
+
+    def observe(self, view: memoryview, events: Iterable[Event]) -> None:
+        """Take over everything in `events`, which lies in `view`."""
+        for event in events:
+            if isinstance(event, BlockTable):
+                for block in event.blocks:
+                    size = -(-block.size // PAGE_SIZE) * PAGE_SIZE
+                    self._buffers[block.name] = Buffer(f"curling-last-{block.name}", size, prefault=0)
+            elif isinstance(event, PageRun | FillRun):
+                image = self._buffers[event.block.name].view
+                for address, page in _pages(view, event):
+                    image[address : address + PAGE_SIZE] = page
+
+    def changed(self, view: memoryview, run: PageRun | FillRun, writer: RamSectionWriter) -> int:
+        """Write the pages of `run` that differ from the image, and take them over; returns their number."""
+        image = self._buffers[run.block.name].view
+        count = 0
+        for address, page in _pages(view, run):
+            # As bytes: memoryviews compare item by item.
+            if page != bytes(image[address : address + PAGE_SIZE]):
+                if page == _ZERO:
+                    writer.zero(run.block, address)
+                else:
+                    writer.page(run.block, address, page)
+                image[address : address + PAGE_SIZE] = page
+                count += 1
+        return count
+
+    def close(self) -> None:
+        for buffer in self._buffers.values():
+            buffer.close()
+
+
+def _pages(view: memoryview, run: PageRun | FillRun) -> Iterable[tuple[int, bytes]]:
+    addresses = page_addresses(view, run)
+    if isinstance(run, PageRun):
+        data = run.data
+        for address in addresses:
+            yield address, bytes(view[data : data + PAGE_SIZE])
+            data += PAGE_STRIDE
+    else:
+        for address, byte in zip(addresses, fill_bytes(view, run), strict=True):
+            yield address, _ZERO if byte == 0 else bytes([byte]) * PAGE_SIZE
+
+
+class WholeEngine:
+    """Made by `open_whole`. Borrows the monitor."""
+
+    def __init__(self, name: str, qmp: QmpClient, options: EngineOptions, guard: Guard) -> None:
+        self.name = name
+        self._qmp = qmp
+        self._options = options
+        self._guard = guard
+        self._image = LastImage()
+        self._chunk = Buffer("curling-chunk", _CHUNK)
+        self._layout: RamLayout | None = None
+
+    async def first_pass(self, sink: PassSink) -> Description:
+        description: Description | None = None
+
+        async def receive(sock: socket.socket) -> None:
+            nonlocal description
+            intake = PassIntake(
+                self.name, sock, sink, ends_with_socket=True, observe=self._image.observe
+            )
+            description = await intake.run()
+
+        await self._migrate(receive, resume=True)
+        assert description is not None
+        self._layout = description.layout
+        return description
+
+    async def ready(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def checkpoint(
+        self, buffer: Buffer, on_boundary: Callable[[], None] | None = None, *, resume: bool = True
+    ) -> Captured:
+        captured: Captured | None = None
+
+        async def receive(sock: socket.socket) -> None:
+            nonlocal captured
+            captured = await trio.to_thread.run_sync(self._take, sock, buffer)
+
+        if not resume and self.name == "snapshot":
+            # A background snapshot lets the guest go on by itself; a plain migration does not.
+            await set_capabilities(self._qmp, {"background-snapshot": False})
+        await self._migrate(receive, resume=resume, on_boundary=on_boundary)
+        assert captured is not None
+        return captured
+
+    async def resume(self) -> None:
+        await self._go_on()
+
+    def close(self) -> None:
+        self._image.close()
+        self._chunk.close()
+
+    async def _migrate(
+        self,
+        receive: Callable[[socket.socket], object],
+        *,
+        resume: bool,
+        on_boundary: Callable[[], None] | None = None,
+    ) -> None:
+        """One migration, its stream given to `receive`; it counts only if QEMU says so too."""
+        ours, theirs = migration_socketpair()
+        try:
+            with self._qmp.events() as events:
+                await self._qmp.hand_over(_FD_NAME, theirs.fileno())
+                theirs.close()
+                if resume:
+                    self._guard.arm()
+                await self._qmp.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
+                async with open_nursery() as nursery:
+                    nursery.start_soon(receive, ours)
+                    await self._completed(events)
+                    if on_boundary is not None:
+                        on_boundary()
+                if resume and (await self._qmp.status()) in ("postmigrate", "finish-migrate"):
+                    await self._go_on()
+                self._guard.disarm()
+        finally:
+            ours.close()
+            theirs.close()
+
+    async def _completed(self, events: EventStream) -> None:
+        async for event in events:
+            if event.name == "MIGRATION":
+                status = event.data.get("status")
+                if status == "completed":
+                    return
+                if status in ("failed", "cancelled"):
+                    raise EngineFailed(self.name, await self._failure(str(status)))
+        raise EngineFailed(self.name, "QEMU went away during a migration")
+
+    async def _failure(self, status: str) -> str:
+        answer = await self._qmp.execute("query-migrate")
+        return f"the migration {status}: {answer.get('error-desc', 'QEMU gives no reason')}"
+
+    async def _go_on(self) -> None:
+        """`cont`, as soon as QEMU takes it: right after `completed` it does not yet."""
+        with trio.move_on_after(_FINISH):
+            while True:
+                try:
+                    await self._qmp.execute("cont")
+                    return
+                except QmpCommandFailed as error:
+                    if "finalized" not in error.description:
+                        raise
+                await trio.sleep(_AGAIN)
+        raise CheckpointTimeout(_FINISH, "QEMU to finish the migration")
+
+    def _take(self, sock: socket.socket, buffer: Buffer) -> Captured:
+        """Read a whole migration from `sock`, keeping what changed. Runs in a thread."""
+        assert self._layout is not None, "checkpoint before first_pass"
+        set_receive_timeout(sock, _SILENCE)
+        started = time.perf_counter()
+        boundary_us = time.time_ns() // 1000
+        view = self._chunk.view
+        scanner = Scanner.for_pass(check_addresses=True)
+        writer = RamSectionWriter(buffer.view, self._layout, SectionType.END)
+        device = bytearray()
+        have = pages = 0
+        while count := self._receive(sock, view, have):
+            have += count
+            position = scanner.scan(view, 0, have)
+            in_device_state = scanner.device_state_offset is not None
+            for event in scanner.drain():
+                if isinstance(event, PageRun | FillRun):
+                    pages += self._image.changed(view, event, writer)
+                elif isinstance(event, BlockTable) and event.blocks != self._layout.blocks:
+                    raise EngineFailed(self.name, "the guest's RAM blocks changed")
+                elif isinstance(event, DeviceState):
+                    device += view[event.offset : position]
+                    in_device_state = False
+            if in_device_state:
+                device += view[:position]
+            if len(device) > _MAX_DEVICE_STATE:
+                raise EngineFailed(self.name, f"more than {_MAX_DEVICE_STATE} bytes of device state")
+            view[: have - position] = view[position:have]
+            have -= position
+        if not device:
+            raise EngineFailed(self.name, "the migration ended before its device state")
+        ram = writer.close() + 1
+        if ram + len(device) > buffer.capacity:
+            raise CheckpointTooLarge(buffer.capacity)
+        buffer.view[ram - 1] = SectionType.END_OF_VM_STATE
+        buffer.view[ram : ram + len(device)] = device
+        return Captured(buffer, ram, len(device), pages, boundary_us, time.perf_counter() - started)
+
+    def _receive(self, sock: socket.socket, view: memoryview, have: int) -> int:
+        try:
+            return sock.recv_into(view[have:])
+        except BlockingIOError:
+            raise CheckpointTimeout(_SILENCE, "QEMU's migration stream") from None
+
+
+@asynccontextmanager
+async def open_whole(name: str, qmp: QmpClient, options: EngineOptions) -> AsyncIterator[WholeEngine]:
+    """Prepare QEMU for whole migrations; on leaving, see the guest run.
+
+    Should this process die while a migration has the guest stopped, a guard process lets it go on.
+    """
+    async with migration_settings(qmp, {"events": True, "background-snapshot": name == "snapshot"}):
+        payload = b'{"execute":"cont","id":"curling-guard"}\r\n'
+        deadline_ms = int(options.stop_limit * 1000 + _SILENCE * 1000)
+        guard = Guard.start_write(qmp.fileno(), payload, deadline_ms=deadline_ms)
+        engine = WholeEngine(name, qmp, options, guard)
+        try:
+            yield engine
+        finally:
+            with trio.CancelScope(shield=True):
+                await _end(qmp, engine)
+            guard.retire()
+            engine.close()
+
+
+async def _end(qmp: QmpClient, engine: WholeEngine) -> None:
+    """See that no migration is left and the guest is not stopped because of one."""
+    try:
+        with trio.move_on_after(_FINISH), qmp.events() as events:
+            await qmp.execute("migrate_cancel")
+            if (await qmp.execute("query-migrate")).get("status") in ("active", "setup", "device", "cancelling"):
+                async for event in events:
+                    if event.data.get("status") in ("completed", "failed", "cancelled"):
+                        break
+            if (await qmp.status()) in ("postmigrate", "finish-migrate"):
+                await engine.resume()
+    except QmpError:
+        pass  # QEMU is gone, or refuses to cancel what is over

@@ -1,0 +1,224 @@
+"""A QMP connection on Trio, able to hand file descriptors to QEMU.
+
+`open_qmp` connects, greets and negotiates (out-of-band execution where QEMU offers it) and keeps a
+reader running until the block is left. Any number of tasks may `execute` at once. Events go to every
+open `EventStream`; a stream queues what its reader has not taken yet, so that a slow reader delays
+nobody and misses nothing that came after it subscribed.
+"""
+
+from __future__ import annotations
+
+import array
+import itertools
+import math
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, TypeAlias
+
+import trio
+
+from curling_fd.errors import QmpBusy, QmpCommandFailed, QmpDisconnected, QmpNotQmp, QmpTimeout, QmpUnreachable
+from curling_fd.qmp.protocol import (
+    Decoder,
+    Error,
+    Event,
+    Greeting,
+    QmpProtocolError,
+    Return,
+    encode_command,
+)
+from curling_fd.system.nursery import open_nursery
+
+#: A monitor that is free greets at once; one that another client holds never does.
+GREETING_TIMEOUT = 2.0
+
+#: QEMU answers the commands we use within milliseconds; its main loop can be busy for longer.
+COMMAND_TIMEOUT = 20.0
+
+EventStream: TypeAlias = trio.MemoryReceiveChannel[Event]
+
+
+class QmpClient:
+    """One open monitor. Made by `open_qmp`.
+
+    Attributes:
+        greeting: what QEMU said of itself.
+        pid: the process that listens on the socket: QEMU, unless something else opened it for QEMU.
+    """
+
+    def __init__(self, sock: trio.socket.SocketType, greeting: Greeting, pid: int) -> None:
+        self.greeting = greeting
+        self.pid = pid
+        self._socket = sock
+        self._out_of_band = "oob" in greeting.capabilities
+        self._ids = itertools.count(1)
+        self._waiting: dict[object, trio.MemorySendChannel[Return | Error]] = {}
+        self._listeners: set[trio.MemorySendChannel[Event]] = set()
+        self._send_lock = trio.Lock()
+        self._closed = False
+        self.disconnected = trio.Event()
+
+    def fileno(self) -> int:
+        """The connection's fd, borrowed: it stays this object's."""
+        return self._socket.fileno()
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        fds: Sequence[int] = (),
+        out_of_band: bool = False,
+        timeout: float = COMMAND_TIMEOUT,
+    ) -> Any:
+        """Run `command` and return what QEMU returns.
+
+        Args:
+            fds: sent along with SCM_RIGHTS; borrowed, QEMU gets duplicates.
+            out_of_band: run it past the queue if QEMU can; else in order.
+            timeout: seconds.
+
+        Raises:
+            QmpCommandFailed: QEMU refused.
+            QmpDisconnected: QEMU went away before it answered.
+            QmpTimeout: no answer. The command may still be carried out.
+        """
+        if self._closed:
+            raise QmpDisconnected(command)
+        id = next(self._ids)
+        send, receive = trio.open_memory_channel[Return | Error](1)
+        self._waiting[id] = send
+        try:
+            with trio.move_on_after(timeout):
+                data = encode_command(
+                    command, arguments, id, out_of_band=out_of_band and self._out_of_band
+                )
+                await self._send(command, data, fds)
+                try:
+                    answer = await receive.receive()
+                except trio.EndOfChannel:
+                    raise QmpDisconnected(command) from None
+                if isinstance(answer, Error):
+                    raise QmpCommandFailed(command, answer.kind, answer.description)
+                return answer.value
+            raise QmpTimeout(command, timeout)
+        finally:
+            self._waiting.pop(id, None)
+
+    async def hand_over(self, name: str, fd: int) -> None:
+        """Give QEMU a duplicate of `fd` (borrowed) under `name`, for `fd:NAME` addresses."""
+        await self.execute("getfd", {"fdname": name}, fds=[fd])
+
+    async def status(self) -> str:
+        """QEMU's run state: `running`, `paused`, `colo`, `postmigrate`, ..."""
+        return str((await self.execute("query-status"))["status"])
+
+    @contextmanager
+    def events(self) -> Iterator[EventStream]:
+        """A stream of every event from now on. It ends when QEMU goes away."""
+        send, receive = trio.open_memory_channel[Event](math.inf)
+        self._listeners.add(send)
+        if self._closed:
+            send.close()
+        try:
+            yield receive
+        finally:
+            self._listeners.discard(send)
+            send.close()
+
+    async def _send(self, command: str, data: bytes, fds: Sequence[int]) -> None:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            async with self._send_lock:
+                sent = await self._socket.sendmsg([data], ancillary)
+                while sent < len(data):
+                    sent += await self._socket.send(data[sent:])
+        except OSError:
+            raise QmpDisconnected(command) from None
+
+    async def _read(self, decoder: Decoder) -> None:
+        """Route what arrives until QEMU closes; then fail every waiter and end every stream."""
+        try:
+            while data := await self._socket.recv(65536):
+                for message in decoder.feed(data):
+                    self._route(message)
+        except (OSError, QmpProtocolError):
+            pass  # a monitor that breaks off or talks nonsense is gone either way
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._closed = True
+        self.disconnected.set()
+        for waiter in self._waiting.values():
+            waiter.close()
+        for listener in self._listeners:
+            listener.close()
+
+    def _route(self, message: object) -> None:
+        if isinstance(message, Event):
+            for listener in self._listeners:
+                listener.send_nowait(message)
+        elif isinstance(message, Return | Error):
+            waiter = self._waiting.get(message.id)
+            if waiter is not None:  # else its caller gave up, or a guard wrote the command
+                waiter.send_nowait(message)
+
+
+@asynccontextmanager
+async def open_qmp(path: str | os.PathLike[str]) -> AsyncIterator[QmpClient]:
+    """Connect to the monitor at the UNIX socket `path`.
+
+    Raises:
+        QmpUnreachable: nothing listens there, or we may not connect.
+        QmpBusy: another client holds the monitor.
+        QmpNotQmp: something else answers.
+        QmpDisconnected: QEMU went away during negotiation.
+    """
+    path = os.fspath(path)
+    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        try:
+            with trio.fail_after(GREETING_TIMEOUT):
+                await sock.connect(path)
+        except OSError as error:
+            raise QmpUnreachable(path, error.strerror or str(error)) from None
+        except trio.TooSlowError:
+            raise QmpBusy(path) from None
+        pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        decoder = Decoder()
+        client = QmpClient(sock, await _greeting(sock, path, decoder), pid)
+        async with open_nursery() as nursery:
+            nursery.start_soon(client._read, decoder)
+            oob = {"enable": ["oob"]} if client._out_of_band else None
+            await client.execute("qmp_capabilities", oob)
+            try:
+                yield client
+            finally:
+                nursery.cancel_scope.cancel()
+                client._close()
+    finally:
+        sock.close()
+
+
+async def _greeting(sock: trio.socket.SocketType, path: str, decoder: Decoder) -> Greeting:
+    with trio.move_on_after(GREETING_TIMEOUT):
+        while True:
+            try:
+                data = await sock.recv(65536)
+            except OSError:
+                data = b""
+            if not data:
+                raise QmpDisconnected(None)
+            try:
+                messages = decoder.feed(data)
+            except QmpProtocolError as error:
+                raise QmpNotQmp(path, error.got) from None
+            for message in messages:
+                if isinstance(message, Greeting):
+                    return message
+                raise QmpNotQmp(path, repr(message)[:80])
+    raise QmpBusy(path)

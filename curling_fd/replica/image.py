@@ -1,0 +1,185 @@
+"""The backup's copy of a VM: RAM images, device state, and the one checkpoint they are (I1).
+
+A checkpoint is first `stage`d: scanned to its end and every address checked, the images untouched. Only
+then may it be acknowledged, and `commit` copies its pages, which cannot fail. Between the two the staged
+bytes are the redo log: whoever wants to use the replica lets the commit finish first.
+
+The images of the large RAM blocks are memfds that the waiting standby QEMU maps as its own memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from attrs import frozen
+
+from curling_fd.errors import FrameError
+from curling_fd.link.frames import HEAD_SIZE, CheckpointHead
+from curling_fd.system.buffers import Buffer
+from curling_fd.vmstate.ram import fill_bytes, page_addresses
+from curling_fd.vmstate.records import (
+    PAGE_SIZE,
+    PAGE_STRIDE,
+    Block,
+    BlockTable,
+    Configuration,
+    Event,
+    FillRun,
+    PageRun,
+    RamLayout,
+)
+from curling_fd.vmstate.restore import restore_stream
+from curling_fd.vmstate.scanner import Scanner
+
+#: Bytes that RAM blocks other than the mapped ones may have together: ROMs, video memory.
+SMALL_BLOCKS_LIMIT = 1 << 30
+
+
+@frozen
+class Staged:
+    """A whole and valid checkpoint that is not committed yet. Borrows the buffer it lies in."""
+
+    sequence: int
+    view: memoryview
+    runs: tuple[PageRun | FillRun, ...]
+    device: bytes
+    last_block: str | None
+
+
+class Replica:
+    """Images of a VM's RAM and the state of its devices.
+
+    Args:
+        mapped: RAM blocks whose images the standby maps; made by the caller, borrowed.
+
+    Attributes:
+        committed: the sequence number of the checkpoint the replica is; 0 before the first.
+    """
+
+    def __init__(self, mapped: Sequence[tuple[Block, Buffer]]) -> None:
+        self._mapped = {block.name: (block, buffer) for block, buffer in mapped}
+        self._small: dict[str, Buffer] = {}
+        self._pass = Scanner.for_pass(check_addresses=True)
+        self._configuration: Configuration | None = None
+        self._layout: RamLayout | None = None
+        self._last_block: str | None = None
+        self._device = b""
+        self.committed = 0
+
+    def bulk(self, view: memoryview, length: int) -> None:
+        """Take a piece of the first pass, whole records in `view[:length]`.
+
+        Raises:
+            StreamError: it is not the stream it should be.
+            FrameError: its RAM blocks are not those the standby has, or a record is torn.
+        """
+        if self._layout is not None:
+            raise FrameError("a piece of a first pass after its end")
+        if self._pass.scan(view, 0, length) != length:
+            raise FrameError("a piece of a first pass ends inside a record")
+        runs: list[PageRun | FillRun] = []
+        for event in self._pass.drain():
+            if isinstance(event, Configuration):
+                self._configuration = event
+            elif isinstance(event, BlockTable):
+                self._define(event.blocks)
+            elif isinstance(event, PageRun | FillRun):
+                runs.append(event)
+        self._apply(view, runs)
+
+    def stage(self, sequence: int, view: memoryview, length: int) -> tuple[CheckpointHead, Staged]:
+        """Check the checkpoint `sequence` in `view[:length]` to its last byte; changes nothing.
+
+        Raises:
+            StreamError, FrameError: it is not a whole checkpoint of this VM.
+        """
+        layout, last_block = self._layout, self._last_block
+        if layout is None:
+            layout, last_block = self._pass.layout, self._pass.last_block
+            if layout is None:
+                raise FrameError("a checkpoint before a first pass")
+        head = CheckpointHead.decode(view, length)
+        end = HEAD_SIZE + head.ram
+        scanner = Scanner.for_checkpoint(layout, last_block, check_addresses=True)
+        if scanner.scan(view, HEAD_SIZE, end) != end or not scanner.done:
+            raise FrameError("a checkpoint whose memory part is not whole")
+        if not head.device:
+            raise FrameError("a checkpoint without device state")
+        device = bytes(view[end : end + head.device])
+        return head, Staged(sequence, view, tuple(_runs(scanner.drain())), device, scanner.last_block)
+
+    def commit(self, staged: Staged) -> None:
+        """Make the replica the checkpoint `staged`. Done twice it is the same as done once."""
+        self._apply(staged.view, staged.runs)
+        if self._layout is None:
+            self._layout = self._pass.layout
+        self._last_block = staged.last_block
+        self._device = staged.device
+        self.committed = staged.sequence
+
+    def restore(self) -> Iterator[bytes | memoryview]:
+        """The stream that makes a standby, which maps the images, continue from the replica."""
+        assert self._layout is not None and self._configuration is not None, "nothing committed"
+        sizes = {block.name: block.size for block in self._layout.blocks}
+        small = {name: buffer.view[: sizes[name]] for name, buffer in self._small.items()}
+        return restore_stream(self._configuration.section, self._layout, small, self._device)
+
+    def blocks(self) -> tuple[Block, ...]:
+        """Every RAM block, in QEMU's order; empty before the first pass named them."""
+        layout = self._layout or self._pass.layout
+        return layout.blocks if layout else ()
+
+    def image(self, name: str) -> memoryview:
+        """The image of the RAM block `name`, borrowed."""
+        return self._images[name]
+
+    def close(self) -> None:
+        """Free the images of the small blocks; the mapped ones are the caller's."""
+        for buffer in self._small.values():
+            buffer.close()
+        self._small.clear()
+
+    @property
+    def _images(self) -> dict[str, memoryview]:
+        images = {name: buffer.view for name, (_, buffer) in self._mapped.items()}
+        return images | {name: buffer.view for name, buffer in self._small.items()}
+
+    def _define(self, blocks: Sequence[Block]) -> None:
+        by_name = {block.name: block for block in blocks}
+        for name, (expected, _) in self._mapped.items():
+            if by_name.get(name) != expected:
+                found = by_name[name].size if name in by_name else "no such block"
+                raise FrameError(
+                    f"the standby has {expected.size} bytes of `{name}`, the primary: {found}"
+                )
+        small = [block for block in blocks if block.name not in self._mapped]
+        if sum(block.size for block in small) > SMALL_BLOCKS_LIMIT:
+            raise FrameError("the VM's smaller RAM blocks are larger than all a VM has")
+        for block in small:
+            self._small[block.name] = Buffer(f"curling-{block.name}", _whole_pages(block.size), prefault=0)
+
+    def _apply(self, view: memoryview, runs: Iterable[PageRun | FillRun]) -> None:
+        images = self._images
+        for run in runs:
+            image = images[run.block.name]
+            addresses = page_addresses(view, run)
+            if isinstance(run, PageRun):
+                data = run.data
+                for address in addresses:
+                    image[address : address + PAGE_SIZE] = view[data : data + PAGE_SIZE]
+                    data += PAGE_STRIDE
+            else:
+                for address, byte in zip(addresses, fill_bytes(view, run), strict=True):
+                    image[address : address + PAGE_SIZE] = _FILLED[byte]
+
+
+def _whole_pages(size: int) -> int:
+    """QEMU rounds the memory behind a block up to whole pages."""
+    return -(-size // PAGE_SIZE) * PAGE_SIZE
+
+
+_FILLED = [bytes([byte]) * PAGE_SIZE for byte in range(256)]
+
+
+def _runs(events: Iterable[Event]) -> Iterator[PageRun | FillRun]:
+    return (event for event in events if isinstance(event, PageRun | FillRun))

@@ -1,0 +1,217 @@
+"""One session of protection, on the backup: take pieces and checkpoints, keep the replica.
+
+`_receive` reads frames while `_apply` stages and commits the one before; a checkpoint is acknowledged as soon
+as it is staged, for from then on its commit cannot fail. Losing the link ends the session between two
+commits, never within one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import trio
+from attrs import frozen
+
+from curling_fd.errors import FrameError, LinkLost
+from curling_fd.link.frames import Kind
+from curling_fd.link.pulse import keep_pulse, watch_pulse
+from curling_fd.link.transport import FrameLink, Received
+from curling_fd.replica.image import Replica
+from curling_fd.service.statistics import Counters
+from curling_fd.standby.process import StandbyProcess
+from curling_fd.system.buffers import Buffer, BufferPool
+from curling_fd.system.nursery import open_nursery
+
+#: Staging buffers: one is filled while the other is committed.
+STAGING = 2
+
+
+@frozen
+class Dropped:
+    """The primary does not need the replica any more."""
+
+    reason: str
+
+
+@frozen
+class HandedOver:
+    """The primary gave the VM up; run it from the last commit, unless the operator had `paused` it."""
+
+    reason: str
+    paused: bool
+
+
+class BackupSession:
+    """Follows one primary over one link. Borrows link, replica and standby.
+
+    Args:
+        max_raw: the largest frame the primary may send, in bytes.
+        committed: called after the first commit.
+
+    Attributes:
+        paused: the operator has paused the guest on the primary.
+    """
+
+    def __init__(
+        self,
+        link: FrameLink,
+        replica: Replica,
+        standby: StandbyProcess,
+        counters: Counters,
+        *,
+        generation: int,
+        max_raw: int,
+        heartbeat_interval: float,
+        failure_timeout: float,
+        committed: Callable[[], None],
+    ) -> None:
+        self.paused = False
+        self._link = link
+        self._replica = replica
+        self._standby = standby
+        self._counters = counters
+        self._generation = generation
+        self._heartbeat_interval = heartbeat_interval
+        self._failure_timeout = failure_timeout
+        self._committed = committed
+        self._pool = BufferPool("curling-staging", STAGING, max_raw)
+        self._interrupted = trio.Event()
+        self._why = ""
+        self._bulk_sequence = 0
+        self._sequence = 0
+        link.max_raw = max_raw
+        link.acquire = self._pool.acquire
+        link.release = self._pool.release
+
+    async def run(self) -> Dropped | HandedOver:
+        """Follow the primary until it says that it is over.
+
+        Raises:
+            LinkError: the link broke, or the primary fell silent.
+            RemoteProtocolError: the primary sent what it must not.
+            StandbyFailed: the waiting QEMU exited.
+        """
+        outcome: Dropped | HandedOver | None = None
+        try:
+            async with open_nursery() as nursery:
+                send, receive = trio.open_memory_channel[Received](0)
+                nursery.start_soon(keep_pulse, self._link, self._generation, self._heartbeat_interval)
+                nursery.start_soon(watch_pulse, self._link, self._failure_timeout)
+                nursery.start_soon(self._standby.wait_failed)
+                nursery.start_soon(self._notice_interruption)
+                async with trio.open_nursery() as work:
+                    work.start_soon(self._apply_all, receive)
+                    async with send:
+                        outcome = await self._receive(send)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._pool.close()
+        assert outcome is not None
+        return outcome
+
+    def interrupt(self, why: str) -> None:
+        """Let go of the primary: `run` raises LinkLost. A checkpoint that is whole is committed first."""
+        self._why = why
+        self._interrupted.set()
+
+    async def _notice_interruption(self) -> None:
+        await self._interrupted.wait()
+        raise LinkLost(self._why)
+
+    async def _receive(self, channel: trio.MemorySendChannel[Received]) -> Dropped | HandedOver:
+        while True:
+            received = await self._link.receive()
+            header, content = received.header, received.content
+            if received.buffer is not None:
+                try:
+                    self._check_order(received)
+                    await channel.send(received)
+                except BaseException:
+                    self._pool.release(received.buffer)
+                    raise
+                continue
+            if header.generation != self._generation:
+                raise FrameError(f"a {header.kind.name} frame of generation {header.generation}")
+            match header.kind:
+                case Kind.HEARTBEAT:
+                    pass
+                case Kind.NOTE:
+                    self.paused = bool(content.get("paused"))
+                case Kind.END:
+                    return Dropped(str(content.get("reason", "no reason given")))
+                case Kind.HANDOVER:
+                    if header.sequence > self._sequence:
+                        raise FrameError(f"a handover of checkpoint {header.sequence}, which never came")
+                    return HandedOver(str(content.get("reason", "")), bool(content.get("paused")))
+                case _:
+                    raise FrameError(f"a {header.kind.name} frame, which a primary does not send now")
+
+    def _check_order(self, received: Received) -> None:
+        """Every piece and every checkpoint exactly once, in order, of this generation."""
+        header = received.header
+        if header.generation != self._generation:
+            raise FrameError(f"a {header.kind.name} frame of generation {header.generation}")
+        if header.kind is Kind.BULK:
+            self._bulk_sequence += 1
+            expected = self._bulk_sequence
+        else:
+            self._sequence += 1
+            expected = self._sequence
+        if header.sequence != expected:
+            raise FrameError(f"{header.kind.name} {header.sequence} where {expected} was due")
+
+    async def _apply_all(self, channel: trio.MemoryReceiveChannel[Received]) -> None:
+        async for received in channel:
+            buffer = received.buffer
+            assert buffer is not None
+            try:
+                # Shielded: what is whole is committed whole, even if the link breaks meanwhile.
+                with trio.CancelScope(shield=True):
+                    if received.header.kind is Kind.BULK:
+                        await self._take_piece(received, buffer)
+                    else:
+                        await self._commit(received, buffer)
+            finally:
+                self._pool.release(buffer)
+
+    async def _take_piece(self, received: Received, buffer: Buffer) -> None:
+        await trio.to_thread.run_sync(self._replica.bulk, buffer.view, received.header.length)
+        self._counters.bytes_total += received.header.length
+        await self._link.send(Kind.BULK_ACK, self._generation, received.header.sequence)
+
+    async def _commit(self, received: Received, buffer: Buffer) -> None:
+        header = received.header
+        _, staged = await trio.to_thread.run_sync(
+            self._replica.stage, header.sequence, buffer.view, header.length
+        )
+        try:
+            await self._link.send(Kind.ACK, self._generation, header.sequence)
+        finally:
+            await trio.to_thread.run_sync(self._replica.commit, staged)
+        self._counters.captured(sum(run.count for run in staged.runs), header.length)
+        self._counters.commit(header.sequence)
+        if header.sequence == 1:
+            self._committed()
+
+
+def definition_problem(content: dict[str, Any]) -> str | None:
+    """What is wrong with the content of a DEFINE frame, or None."""
+    wanted = {"argv": list, "directory": str, "machine": str, "version": list, "memory": list}
+    for key, kind in wanted.items():
+        if not isinstance(content.get(key), kind):
+            return f"its `{key}` is missing or of another type"
+    if not all(isinstance(word, str) for word in content["argv"]):
+        return "its command line is not one"
+    for entry in content["memory"]:
+        if not (
+            isinstance(entry, list)
+            and len(entry) == 2
+            and isinstance(entry[0], str)
+            and isinstance(entry[1], int)
+            and entry[1] > 0
+        ):
+            return "its list of memory is not one"
+    if not isinstance(content.get("max_checkpoint"), int) or content["max_checkpoint"] <= 0:
+        return "its `max_checkpoint` is not a size"
+    return None

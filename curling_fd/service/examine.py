@@ -1,0 +1,124 @@
+"""A look at a running QEMU before it is protected: everything that would fail later fails here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from curling_fd.capture.probe import Choice, choose
+from curling_fd.capture.settings import capabilities, set_capabilities
+from curling_fd.errors import (
+    GuestNotRunning,
+    MigrationBlocked,
+    QmpCommandFailed,
+    StandbyFailed,
+    WritableDisk,
+)
+from curling_fd.qmp.client import QmpClient
+from curling_fd.vmstate.records import Block
+
+#: Run states in which a guest is worth protecting: it runs, or will when its checkpoint is over.
+_RUNNING = ("running", "colo")
+
+
+@frozen
+class Examined:
+    """What the backup must know to make a standby, and we to choose an engine.
+
+    Attributes:
+        memory: the memory backends: names and sizes of the RAM blocks the standby maps.
+        machine: the resolved machine type, such as `pc-i440fx-7.2`.
+        argv, directory: command line and working directory of the primary's QEMU.
+    """
+
+    choice: Choice
+    memory: tuple[Block, ...]
+    machine: str
+    argv: tuple[str, ...]
+    directory: str
+
+
+async def examine(
+    qmp: QmpClient, wanted_engine: str, disks: Collection[str], unusable: Mapping[str, str] | None = None
+) -> Examined:
+    """Look at the VM behind `qmp`; changes nothing that lasts.
+
+    Args:
+        wanted_engine: `auto` or an engine's name.
+        disks: devices and node names that may be written though they are not replicated.
+        unusable: engines that failed at run time, and how: `auto` passes them over.
+
+    Raises:
+        PrecheckFailed: one of its kinds, for what stands in the way.
+    """
+    status = await qmp.status()
+    if status not in _RUNNING:
+        raise GuestNotRunning(status)
+    blocked = (await qmp.execute("query-migrate")).get("blocked-reasons")
+    if blocked:
+        raise MigrationBlocked(tuple(blocked))
+    writable = _writable(await qmp.execute("query-block"), disks)
+    if writable:
+        raise WritableDisk(writable)
+    known = await capabilities(qmp)
+    accelerator = "kvm" if (await qmp.execute("query-kvm"))["enabled"] else "tcg"
+    choice = choose(
+        wanted_engine,
+        qmp.greeting.version,
+        accelerator,
+        frozenset(known),
+        background_snapshot=await _try_background_snapshot(qmp, known),
+        unusable=unusable or {},
+    )
+    backends = await qmp.execute("query-memdev")
+    memory = tuple(Block(entry["id"], entry["size"]) for entry in backends if "id" in entry)
+    machine = await qmp.execute("qom-get", {"path": "/machine", "property": "type"})
+    argv, directory = _command_line(qmp.pid)
+    return Examined(choice, memory, str(machine).removesuffix("-machine"), argv, directory)
+
+
+def _writable(blocks: list[dict[str, Any]], allowed: Collection[str]) -> tuple[str, ...]:
+    """Names of the devices of `query-block` that the guest can write and that nobody vouched for."""
+    names = []
+    for block in blocks:
+        inserted = block.get("inserted")
+        if inserted is None or inserted["ro"]:
+            continue
+        aliases = {block.get("device"), inserted.get("node-name"), _id(block.get("qdev"))} - {None, ""}
+        if not aliases & set(allowed):
+            names.append(str(block.get("device") or inserted.get("node-name")))
+    return tuple(names)
+
+
+def _id(qdev: str | None) -> str | None:
+    """The id in a QOM path such as `/machine/peripheral/disk0/virtio-backend`."""
+    parts = (qdev or "").split("/")
+    return parts[3] if len(parts) > 3 and parts[2] == "peripheral" else qdev
+
+
+async def _try_background_snapshot(qmp: QmpClient, known: dict[str, bool]) -> str | None:
+    """None if QEMU takes the capability for this VM on this host, else its reason."""
+    name = "background-snapshot"
+    if name not in known:
+        return f"QEMU {'.'.join(map(str, qmp.greeting.version))} has no background snapshots"
+    try:
+        await set_capabilities(qmp, {name: True})
+        await set_capabilities(qmp, {name: False})
+    except QmpCommandFailed as error:
+        return error.description
+    return None
+
+
+def _command_line(pid: int) -> tuple[tuple[str, ...], str]:
+    try:
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+        directory = str(Path(f"/proc/{pid}/cwd").readlink())
+    except OSError as error:
+        raise StandbyFailed(f"the command line of process {pid} cannot be read: {error.strerror}") from None
+    argv = tuple(part.decode("utf-8", "surrogateescape") for part in raw.split(b"\0")[:-1])
+    if not any("qemu" in part for part in argv[:3]):
+        raise StandbyFailed(f"process {pid}, which opened the QMP socket, is not QEMU: {argv[0]}")
+    return argv, directory

@@ -1,0 +1,414 @@
+"""The backup's side of a VM: take a primary's offer, follow it, and take the VM over when it is right.
+
+Losing the primary gives no right to run its VM. With an arbiter that can say no, silence leads to a question to
+it; a link that was closed by the other side's kernel does not even do that, for then the host over there is
+alive and its guest may well run: a daemon that died comes back, and finds us waiting.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import trio
+from attrs import define
+
+from curling_fd.capture.probe import Choice
+from curling_fd.capture.recover import recover
+from curling_fd.errors import (
+    ArbiterError,
+    ArbiterLost,
+    CurlingError,
+    FrameError,
+    HostsDisagree,
+    LinkError,
+    NotProtected,
+    PeerUnreachable,
+    PrimaryAlive,
+    QmpError,
+    RemoteProtocolError,
+    StaleGeneration,
+    StandbyFailed,
+    WrongRole,
+)
+from curling_fd.failover.arbiter import FileArbiter
+from curling_fd.failover.states import REPLICA_VALID, RUNS, Event, State, allowed, role
+from curling_fd.link.frames import HEAD_SIZE, Kind
+from curling_fd.link.transport import FrameLink, Received, connect
+from curling_fd.qmp.client import open_qmp
+from curling_fd.replica.image import Replica
+from curling_fd.sentences import sentence
+from curling_fd.service.backup import BackupSession, Dropped, HandedOver, definition_problem
+from curling_fd.service.protector import Protector, quit_qemu
+from curling_fd.service.record import VmRecord, text
+from curling_fd.service.standby import Standby, start_standby
+from curling_fd.service.statistics import Counters
+from curling_fd.service.takeover import activate
+from curling_fd.vmstate.records import Block
+
+#: Seconds between two looks at a host whose daemon is gone, or two questions to an arbiter.
+_LOOK_AGAIN = 1.0
+
+#: Seconds without an answer after which a host counts as not reachable; it says nothing about its guests.
+_REACH_TIMEOUT = 1.0
+
+#: A primary describes its VM within this many seconds of its greeting.
+_DEFINE_TIMEOUT = 30.0
+
+
+@define
+class _Kept:
+    """A replica and its standby, between sessions."""
+
+    standby: Standby
+    replica: Replica
+    paused: bool = False
+
+    def close(self) -> None:
+        self.replica.close()
+        self.standby.close()
+
+
+class Follower:
+    """Is the backup of the VM of `record`."""
+
+    def __init__(self, record: VmRecord, protector: Protector) -> None:
+        self._record = record
+        self._protector = protector
+        self._kept: _Kept | None = None
+        self._session: BackupSession | None = None
+        self._link: FrameLink | None = None
+        self._suspicion: trio.CancelScope | None = None
+        self._done = trio.Event()
+        self._done.set()
+
+    # A primary's connection.
+
+    async def follow(self, link: FrameLink, hello: Received) -> None:
+        """Serve a primary that said `hello` on `link` (borrowed) until the session is over."""
+        record = self._record
+        try:
+            await self._make_way(hello)
+            self._link = link
+            self._done = trio.Event()
+            try:
+                await self._follow(link, hello)
+            finally:
+                self._link = None
+                self._done.set()
+        except CurlingError as error:
+            await self.refuse(link, error)
+            record.note("refused", f"the primary was refused: {text(error)}")
+
+    async def refuse(self, link: FrameLink, error: CurlingError) -> None:
+        """Tell the primary why not, as far as it still listens."""
+        words = sentence(error)
+        content = {"kind": type(error).__name__, "text": words.text, "remedy": words.remedy}
+        try:
+            with trio.move_on_after(1.0):
+                await link.send(Kind.REFUSE, self._record.generation, content=content)
+        except CurlingError:
+            pass
+
+    async def _make_way(self, hello: Received) -> None:
+        """Get into a state in which an offer can be taken.
+
+        Raises:
+            StaleGeneration, WrongRole: it cannot.
+        """
+        record = self._record
+        theirs, host = hello.header.generation, hello.content.get("host")
+        if host == record.host.name:
+            raise WrongRole(record.name, f"being the backup of a host of the same name ({host})", "host")
+        if self._session is not None:
+            # The primary came back before we noticed that it had gone.
+            self._session.interrupt("the primary connected anew")
+            await self._done.wait()
+        running_here = record.state in RUNS or record.state is State.SWITCHING
+        if running_here and theirs <= record.generation:
+            if theirs < record.generation:
+                raise StaleGeneration(ours=record.generation, theirs=theirs)
+            raise WrongRole(record.name, "being its backup", role(record.state))
+        if running_here:
+            await self._protector.yield_to(theirs, str(host))
+        if record.state is State.FENCED:
+            await self._discard_fenced()
+        self._suspect_no_more()
+        if not allowed(record.state, Event.OFFERED):
+            raise WrongRole(record.name, "being its backup", role(record.state))
+
+    async def _discard_fenced(self) -> None:
+        """End the QEMU of a VM that runs elsewhere by right, before it can become its standby here."""
+        record = self._record
+        if record.qmp is not None:
+            try:
+                async with open_qmp(record.qmp) as qmp:
+                    await recover(qmp)
+                    await quit_qemu(qmp)
+            except QmpError:
+                pass  # it is gone already
+        record.remember(fenced=None, qmp=None)
+
+    async def _follow(self, link: FrameLink, hello: Received) -> None:
+        record = self._record
+        self._drop()
+        record.advance(Event.OFFERED, f"by {hello.content.get('host')}")
+        record.counters = Counters()
+        record.paused = False
+        kept: _Kept | None = None
+        try:
+            await link.send(Kind.WELCOME, record.generation, content={"host": record.host.name})
+            kept, generation, max_raw = await self._prepare(link)
+            record.remember(generation=max(generation, record.generation))
+            await link.send(Kind.PREPARED, generation)
+            record.advance(Event.PREPARED)
+        except BaseException as error:
+            if kept is not None:
+                kept.close()
+            event = Event.LINK_LOST if isinstance(error, LinkError) else Event.REFUSED
+            record.advance(event, text(error) if isinstance(error, CurlingError) else None)
+            raise
+        self._kept = kept
+        daemon = record.host.config
+        session = self._session = BackupSession(
+            link,
+            kept.replica,
+            kept.standby.process,
+            record.counters,
+            generation=generation,
+            max_raw=max_raw,
+            heartbeat_interval=daemon.heartbeat_interval,
+            failure_timeout=daemon.failure_timeout,
+            committed=lambda: record.advance(Event.COMMITTED),
+        )
+        try:
+            outcome = await session.run()
+        except (LinkError, RemoteProtocolError) as error:
+            self._lost(error)
+            if isinstance(error, RemoteProtocolError):
+                raise
+        except StandbyFailed as error:
+            record.advance(Event.STANDBY_DIED, text(error))
+            self._drop()
+            raise
+        else:
+            if isinstance(outcome, Dropped):
+                record.advance(Event.DROPPED, outcome.reason)
+                self._drop()
+            elif isinstance(outcome, HandedOver):
+                kept.paused = outcome.paused
+                await self._take_handed_over(link, outcome)
+        finally:
+            kept.paused = kept.paused or session.paused
+            self._session = None
+
+    async def _prepare(self, link: FrameLink) -> tuple[_Kept, int, int]:
+        """A standby for the VM the primary describes, its generation, and the largest frame to expect."""
+        record = self._record
+        with trio.move_on_after(_DEFINE_TIMEOUT) as scope:
+            received = await link.receive()
+        if scope.cancelled_caught or received.header.kind is not Kind.DEFINE:
+            raise FrameError("the primary did not describe its VM")
+        content = received.content
+        problem = definition_problem(content)
+        if problem is not None:
+            raise FrameError(f"the primary's description of the VM is wrong: {problem}")
+        await self._check_arbiter(content.get("token"))
+        self._show(content)
+        memory = [Block(name, size) for name, size in content["memory"]]
+        record.ram_bytes = sum(block.size for block in memory)
+        max_raw = HEAD_SIZE + content["max_checkpoint"]
+        standby = await start_standby(
+            record.config,
+            Path(record.host.config.runtime_directory) / record.name,
+            argv=content["argv"],
+            machine=content["machine"],
+            version=tuple(content["version"]),
+            memory=memory,
+            staging=min(max_raw, record.ram_bytes),
+        )
+        return _Kept(standby, Replica(standby.images)), received.header.generation, max_raw
+
+    async def _check_arbiter(self, token: object) -> None:
+        """Both hosts must ask the same arbiter."""
+        arbiter = self._record.arbiter
+        if isinstance(arbiter, FileArbiter) != (token is not None):
+            raise HostsDisagree('one host has arbiter = "file" and the other has not')
+        if isinstance(arbiter, FileArbiter) and not await arbiter.sees_token(str(token)):
+            raise HostsDisagree("the two hosts do not see the same arbiter_directory")
+
+    def _show(self, content: dict[str, Any]) -> None:
+        engine = content.get("engine") or {}
+        self._record.choice = Choice(
+            str(engine.get("name")),
+            str(engine.get("reason")),
+            str(engine.get("accelerator")),
+            tuple(content["version"]),
+            return_path=False,
+        )
+
+    # The primary is gone.
+
+    def _lost(self, error: CurlingError) -> None:
+        record = self._record
+        silent = trio.current_time() - self._link.statistics.heard if self._link else 0.0
+        record.counters.detection_ms = round(silent * 1000, 1)
+        record.advance(Event.LINK_LOST, text(error), detection_ms=record.counters.detection_ms)
+        if record.state is not State.SUSPECT:
+            self._drop()
+        elif record.arbiter.automatic:
+            self._suspicion = trio.CancelScope()
+            record.host.nursery.start_soon(self._suspect, self._suspicion)
+
+    async def _suspect(self, scope: trio.CancelScope) -> None:
+        """Take the VM over once its host is not reachable and the arbiter lets us."""
+        record = self._record
+        with scope:
+            while record.state is State.SUSPECT:
+                if await self._host_answers():
+                    reason = "the primary's host is alive though its daemon is gone: not taking over"
+                    if record.reason != reason:
+                        record.reason = reason
+                        record.note("waiting", reason)
+                else:
+                    try:
+                        await self._claim()
+                    except ArbiterLost as error:
+                        record.advance(Event.LOST, text(error))
+                        self._drop()
+                        return
+                    except ArbiterError as error:
+                        record.reason = text(error)
+                        record.note("waiting", text(error))
+                    else:
+                        self._suspicion = None
+                        with trio.CancelScope(shield=True):
+                            await self._take_over(Event.WON, "the primary is lost")
+                        return
+                await trio.sleep(_LOOK_AGAIN)
+
+    async def _host_answers(self) -> bool:
+        """Does anything at the primary's address answer, be it with a refusal?"""
+        peer = self._record.config.peer
+        if peer is None:
+            return False
+        with trio.move_on_after(_REACH_TIMEOUT):
+            try:
+                sock = await connect((peer.host, peer.port))
+            except PeerUnreachable as error:
+                return "refused" in error.problem.lower()
+            sock.close()
+            return True
+        return False
+
+    # Taking over.
+
+    async def failover(self, force: bool) -> None:
+        """Take the VM over on an operator's word; returns when it runs here.
+
+        Raises:
+            PrimaryAlive: the primary is alive and well, and `force` is not given.
+            NotProtected, WrongRole: there is no committed checkpoint to run from.
+            ArbiterError: the arbiter does not let us; `force` does not change that.
+        """
+        record = self._record
+        if role(record.state) != "backup":
+            raise WrongRole(record.name, "failover", role(record.state))
+        if record.state not in REPLICA_VALID or self._kept is None:
+            raise NotProtected(record.name, record.state.value)
+        session, link = self._session, self._link
+        if session is not None and link is not None and not force:
+            raise PrimaryAlive(record.name, (trio.current_time() - link.statistics.heard) * 1000)
+        self._suspect_no_more()
+        await self._claim()
+        if session is not None and link is not None:
+            await self.refuse(link, StaleGeneration(record.generation, record.generation - 1))
+            session.interrupt("failover by an operator")
+            await self._done.wait()
+            self._suspect_no_more()
+        finished = trio.Event()
+        outcome: list[CurlingError] = []
+
+        async def take() -> None:
+            try:
+                await self._take_over(Event.ORDERED, "by an operator")
+            except CurlingError as error:
+                outcome.append(error)
+            finally:
+                finished.set()
+
+        record.host.nursery.start_soon(take)
+        await finished.wait()
+        if outcome:
+            raise outcome[0]
+
+    async def _take_handed_over(self, link: FrameLink, outcome: HandedOver) -> None:
+        record = self._record
+        try:
+            await self._claim()
+        except ArbiterError:
+            record.advance(Event.DROPPED, "the arbiter did not let us take the VM")
+            self._drop()
+            raise
+        with trio.CancelScope(shield=True):
+            await self._take_over(Event.HANDED_OVER, outcome.reason)
+            try:
+                await link.send(Kind.TAKEN, record.generation)
+            except LinkError:
+                pass  # the primary asks again, and is told that it is stale
+
+    async def _claim(self) -> None:
+        """Raise the generation: from here on this host has the right to run the VM."""
+        record = self._record
+        if record.arbiter.automatic:
+            generation = await record.arbiter.swap(record.name, record.generation, incumbent=False)
+        else:
+            generation = record.generation + 1
+        record.remember(generation=generation)
+
+    async def _take_over(self, event: Event, reason: str) -> None:
+        """Run the VM here; the right to do so has been won.
+
+        Raises:
+            StandbyFailed: QEMU did not take it.
+        """
+        record, kept = self._record, self._kept
+        assert kept is not None
+        decided = trio.current_time()
+        record.advance(event, reason)
+        try:
+            await activate(kept.standby.qmp_path, kept.replica, paused=kept.paused)
+        except StandbyFailed as error:
+            failed = StandbyFailed(error.problem, kept.standby.process.stderr_tail())
+            record.advance(Event.STANDBY_DIED, text(failed))
+            self._drop()
+            raise failed from None
+        record.counters.failover_ms = round((trio.current_time() - decided) * 1000, 1)
+        record.paused = kept.paused
+        # From here on the VM outlives this daemon, which will find it by what it remembers.
+        record.remember(qmp=str(kept.standby.qmp_path), wanted=record.config.peer is not None)
+        kept.standby.release()
+        self._kept = None
+        kept.close()
+        record.advance(Event.RUNNING, reason, failover_ms=record.counters.failover_ms)
+        if record.wanted and not record.paused:
+            self._protector.start()
+
+    def _suspect_no_more(self) -> None:
+        if self._suspicion is not None:
+            self._suspicion.cancel()
+            self._suspicion = None
+
+    def _drop(self) -> None:
+        """The replica is of no use any more."""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+
+    async def stop(self) -> None:
+        """The daemon ends: so does what follows a primary; a VM that runs here runs on."""
+        if self._session is not None:
+            self._session.interrupt("the daemon on the backup stops")
+            await self._done.wait()
+        self._suspect_no_more()
+        self._drop()

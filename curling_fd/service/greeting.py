@@ -1,0 +1,111 @@
+"""The first frames of a link, on the primary: who we are, and which VM it is about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+from curling_fd import __version__
+from curling_fd.capture.probe import Choice
+from curling_fd.errors import FrameError, InsecurePeer, LinkLost, PeerIncompatible, StaleGeneration
+from curling_fd.link.frames import PROTOCOL, Kind
+from curling_fd.link.transport import FrameLink, Received, connect
+from curling_fd.service.config import Address
+from curling_fd.service.examine import Examined
+from curling_fd.service.primary import refusal
+
+#: Seconds the peer may take to answer a greeting.
+GREETING_TIMEOUT = 5.0
+
+#: Seconds the backup may take to start a standby QEMU and see it answer.
+PREPARE_TIMEOUT = 30.0
+
+
+def check_secure(sock: trio.socket.SocketType, insecure: bool) -> None:
+    """Refuse a connection that leaves the host, until TLS exists.
+
+    Raises:
+        InsecurePeer: the peer is not on loopback and the configuration does not say `insecure = true`.
+    """
+    peer = sock.getpeername()[0]
+    if not insecure and not (peer.startswith(("127.", "::ffff:127.")) or peer == "::1"):
+        raise InsecurePeer(peer)
+
+
+async def dial(address: Address, insecure: bool) -> FrameLink:
+    """Connect to the daemon at `address`.
+
+    Raises:
+        PeerUnreachable, InsecurePeer: it cannot or must not be.
+    """
+    sock = await connect((address.host, address.port))
+    try:
+        check_secure(sock, insecure)
+        return FrameLink(sock)
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def greet(link: FrameLink, host: str, vm: str, generation: int) -> int:
+    """Say hello; returns the highest generation of the VM the peer knows of.
+
+    Raises:
+        StaleGeneration: the peer runs the VM, by a right newer than ours.
+        PeerRefused: it does not want to be the backup.
+        PeerIncompatible, LinkError: we cannot talk.
+    """
+    content = {"protocol": PROTOCOL, "software": __version__, "host": host, "vm": vm}
+    await link.send(Kind.HELLO, generation, content=content)
+    answer = await _answer(link, Kind.WELCOME, GREETING_TIMEOUT, generation)
+    return answer.header.generation
+
+
+async def define(
+    link: FrameLink, generation: int, examined: Examined, max_checkpoint: int, token: str | None
+) -> None:
+    """Describe the VM and wait until a standby for it waits.
+
+    Raises:
+        PeerRefused: the backup cannot make one; it says why.
+    """
+    content: dict[str, Any] = {
+        "argv": list(examined.argv),
+        "directory": examined.directory,
+        "machine": examined.machine,
+        "version": list(examined.choice.version),
+        "memory": [[block.name, block.size] for block in examined.memory],
+        "max_checkpoint": max_checkpoint,
+        "token": token,
+        "engine": _described(examined.choice),
+    }
+    await link.send(Kind.DEFINE, generation, content=content)
+    await _answer(link, Kind.PREPARED, PREPARE_TIMEOUT, generation)
+
+
+def _described(choice: Choice) -> dict[str, Any]:
+    return {"name": choice.engine, "reason": choice.reason, "accelerator": choice.accelerator}
+
+
+async def _answer(link: FrameLink, kind: Kind, timeout: float, generation: int) -> Received:
+    with trio.move_on_after(timeout):
+        while True:
+            received = await link.receive()
+            if received.header.kind is kind:
+                return received
+            if received.header.kind is Kind.REFUSE:
+                raise_refusal(received, generation)
+            if received.header.kind is not Kind.HEARTBEAT:
+                raise FrameError(f"a {received.header.kind.name} frame where {kind.name} was due")
+    raise LinkLost(f"the peer did not answer within {timeout:g} s")
+
+
+def raise_refusal(received: Received, generation: int) -> None:
+    """Raise what a REFUSE frame says."""
+    content = received.content
+    if content.get("kind") == "StaleGeneration":
+        raise StaleGeneration(ours=generation, theirs=received.header.generation)
+    if content.get("kind") == "PeerIncompatible" and isinstance(content.get("protocol"), int):
+        raise PeerIncompatible(ours=PROTOCOL, theirs=content["protocol"])
+    raise refusal(received)

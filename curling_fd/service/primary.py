@@ -1,0 +1,370 @@
+"""One session of protection, on the primary: first pass, checkpoints, end.
+
+Tasks of a session: `_capture_all` takes checkpoints, `_ship_all` sends them, `_receive` takes the answers,
+two tasks keep and watch the link's pulse, `_watch` follows QEMU's events. The first to fail ends the
+session; leaving the engine's block then lets the guest run on (I5).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+import trio
+from attrs import frozen
+
+from curling_fd.capture.engine import Engine
+from curling_fd.capture.intake import PIECE
+from curling_fd.capture.reader import Captured
+from curling_fd.errors import (
+    EngineFailed,
+    FrameError,
+    GuestEnded,
+    LinkError,
+    LinkLost,
+    PeerRefused,
+    QemuDied,
+    QmpError,
+    Unprotected,
+)
+from curling_fd.link.frames import CheckpointHead, Header, Kind
+from curling_fd.link.pulse import keep_pulse, watch_pulse
+from curling_fd.link.transport import FrameLink, Received
+from curling_fd.output.hold import OutputHold
+from curling_fd.qmp.client import EventStream, QmpClient
+from curling_fd.qmp.protocol import Event
+from curling_fd.service.pace import Pace
+from curling_fd.service.statistics import Counters
+from curling_fd.service.stops import StopWatcher
+from curling_fd.system.buffers import Buffer, BufferPool, PoolStatistics
+from curling_fd.system.nursery import open_nursery
+
+#: Pieces of a first pass on their way at once.
+_PASS_BUFFERS = 4
+
+#: Seconds after the capture broke off within which QEMU's own end explains it.
+_QEMU_LAST_WORDS = 1.0
+
+#: Seconds the backup may take to load a handed-over VM and run it.
+HANDOVER_TIMEOUT = 15.0
+
+
+@frozen
+class SessionOptions:
+    """Settings of one session; times in seconds, sizes in bytes."""
+
+    generation: int
+    pace: Pace
+    buffers: int
+    max_checkpoint: int
+    heartbeat_interval: float
+    failure_timeout: float
+
+
+@frozen
+class Callbacks:
+    """What the session's owner wants to know as it happens.
+
+    Attributes:
+        progress: bytes of the first pass sent so far.
+        committed: the backup holds a first whole checkpoint: the VM is protected.
+        paused: the operator paused (True) or resumed (False) the guest.
+    """
+
+    progress: Callable[[int], None]
+    committed: Callable[[], None]
+    paused: Callable[[bool], None]
+
+
+class PassShipper:
+    """Sends the pieces of a first pass; at most `_PASS_BUFFERS` are on their way (I6)."""
+
+    def __init__(self, link: FrameLink, generation: int, progress: Callable[[int], None]) -> None:
+        self._link = link
+        self._generation = generation
+        self._progress = progress
+        self._pool = BufferPool("curling-pass", _PASS_BUFFERS, PIECE)
+        self._flights: deque[tuple[int, Buffer]] = deque()
+        self._sequence = 0
+        self._bytes = 0
+
+    async def acquire(self) -> Buffer:
+        return await self._pool.acquire()
+
+    def give_back(self, buffer: Buffer) -> None:
+        self._pool.release(buffer)
+
+    async def ship(self, buffer: Buffer, length: int, pages: int) -> None:
+        self._sequence += 1
+        self._flights.append((self._sequence, buffer))
+        header = Header(Kind.BULK, self._generation, self._sequence, length)
+        await self._link.send_raw(header, b"", buffer, length)
+        self._bytes += length
+        self._progress(self._bytes)
+
+    def acknowledged(self, sequence: int) -> None:
+        """The backup has taken piece `sequence`.
+
+        Raises:
+            FrameError: that is not the oldest piece on its way.
+        """
+        if not self._flights or self._flights[0][0] != sequence:
+            raise FrameError(f"an acknowledgement of piece {sequence}, which was not due")
+        self._pool.release(self._flights.popleft()[1])
+
+    def close(self) -> None:
+        """Free all buffers; what is still on its way does not count any more."""
+        self._pool.close()
+        while self._flights:
+            self._flights.popleft()[1].close()
+
+
+class PrimarySession:
+    """Protects one VM over one link. Borrows monitor, event stream, engine and link."""
+
+    def __init__(
+        self,
+        qmp: QmpClient,
+        events: EventStream,
+        engine: Engine,
+        link: FrameLink,
+        output: OutputHold,
+        counters: Counters,
+        options: SessionOptions,
+        callbacks: Callbacks,
+    ) -> None:
+        self.stops = StopWatcher(counters)
+        self._qmp = qmp
+        self._events = events
+        self._engine = engine
+        self._link = link
+        self._output = output
+        self._counters = counters
+        self._options = options
+        self._callbacks = callbacks
+        self._pass = PassShipper(link, options.generation, callbacks.progress)
+        self._pool = BufferPool("curling-capture", options.buffers, options.max_checkpoint)
+        self._flights: deque[tuple[int, Captured]] = deque()
+        self._sequence = 0
+        self._capturing = trio.Lock()
+        self._stirred = trio.Event()  # replaced at each stir: something the capture waits for changed
+        self._switching = False
+        self._end = trio.Event()
+        self._end_reason = ""
+
+    def pool_statistics(self) -> PoolStatistics:
+        return self._pool.statistics()
+
+    async def run(self) -> None:
+        """Protect the VM. Returns when the last checkpoint of a `switch` is committed, the guest stopped.
+
+        Raises:
+            SessionEnd: what became of the VM, or that the operator ended it.
+            CurlingError: what became of the protection.
+        """
+        try:
+            async with open_nursery() as nursery:
+                nursery.start_soon(self._receive)
+                nursery.start_soon(keep_pulse, self._link, self._generation, self._options.heartbeat_interval)
+                nursery.start_soon(watch_pulse, self._link, self._options.failure_timeout)
+                nursery.start_soon(self._watch)
+                nursery.start_soon(self._notice_end)
+                started = trio.current_time()
+                await self._engine.first_pass(self._pass)
+                self._counters.first_pass_ms = (trio.current_time() - started) * 1000
+                send, receive = trio.open_memory_channel[tuple[int, Captured]](0)
+                nursery.start_soon(self._ship_all, receive)
+                await self._capture_all(send)
+                nursery.cancel_scope.cancel()
+        except (EngineFailed, QmpError) as error:
+            await self._explain(error)
+            raise
+        finally:
+            self._pass.close()
+            self._pool.close()
+            while self._flights:
+                self._flights.popleft()[1].buffer.close()
+
+    def switch(self) -> None:
+        """Make the next checkpoint the last: the guest stays stopped after it."""
+        self._switching = True
+        self._stir()
+
+    def end(self, why: str) -> None:
+        """End the session, a checkpoint that is being taken being finished; `run` raises Unprotected."""
+        self._end_reason = why
+        self._end.set()
+
+    async def pause(self) -> None:
+        """Stop the guest between two checkpoints, so that QEMU's checkpoint loop cannot start it again."""
+        async with self._capturing:
+            await self._qmp.execute("stop")
+
+    async def resume(self) -> None:
+        async with self._capturing:
+            await self._qmp.execute("cont")
+
+    async def hand_over(self, reason: str) -> int:
+        """Tell the backup to run the VM from the last commit; returns the VM's new generation there.
+
+        To be called after `run`, when the guest is stopped or its QEMU gone.
+
+        Raises:
+            PeerRefused: the backup cannot; the VM stays here.
+            LinkError: no answer: the backup may run it or not.
+        """
+        content = {"reason": reason, "paused": self.stops.paused}
+        await self._link.send(Kind.HANDOVER, self._generation, self._sequence, content)
+        with trio.move_on_after(HANDOVER_TIMEOUT):
+            while True:
+                received = await self._link.receive()
+                if received.header.kind is Kind.TAKEN:
+                    return received.header.generation
+                if received.header.kind is Kind.REFUSE:
+                    raise refusal(received)
+        raise LinkLost(f"no answer to the handover within {HANDOVER_TIMEOUT:g} s")
+
+    @property
+    def _generation(self) -> int:
+        return self._options.generation
+
+    def _stir(self) -> None:
+        self._stirred.set()
+        self._stirred = trio.Event()
+
+    async def _capture_all(self, channel: trio.MemorySendChannel[tuple[int, Captured]]) -> None:
+        boundary = trio.current_time() - self._options.pace.longest
+        while True:
+            await self._engine.ready()
+            await self._until_due(boundary)
+            buffer = await self._pool.acquire()
+            last = self._switching
+            async with self._capturing:
+                if self.stops.paused and not last:
+                    self._pool.release(buffer)
+                    continue
+                boundary = trio.current_time()
+                captured = await self._capture(buffer, resume=not last)
+            self._counters.captured(captured.pages, captured.ram + captured.device)
+            await channel.send((self._sequence, captured))
+            if last:
+                await self._until(lambda: not self._flights and not channel.statistics().tasks_waiting_send)
+                return
+
+    async def _capture(self, buffer: Buffer, *, resume: bool) -> Captured:
+        """Take the next checkpoint. A pause ordered while QEMU began it is ordered again afterwards."""
+        sequence = self._sequence + 1
+        self.stops.window_opens(time.time_ns() // 1000)
+        try:
+            captured = await self._engine.checkpoint(
+                buffer, lambda: self._output.barrier(sequence), resume=resume
+            )
+        except BaseException:
+            buffer.close()
+            raise
+        finally:
+            self.stops.window_closes(time.time_ns() // 1000)
+        self._sequence = sequence
+        if self.stops.paused and resume:
+            await self._qmp.execute("stop")
+        return captured
+
+    async def _until_due(self, boundary: float) -> None:
+        """Wait until a checkpoint is due, the guest not being paused; or a switch is wanted."""
+        while not self._switching:
+            if self.stops.paused:
+                await self._stirred.wait()
+                continue
+            due = self._options.pace.due(boundary, output_waiting=self._output.waiting())
+            if trio.current_time() >= due:
+                return
+            with trio.move_on_at(due):
+                await self._stirred.wait()
+
+    async def _notice_end(self) -> None:
+        await self._end.wait()
+        raise Unprotected(self._end_reason)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self._stirred.wait()
+
+    async def _ship_all(self, channel: trio.MemoryReceiveChannel[tuple[int, Captured]]) -> None:
+        async for sequence, captured in channel:
+            self._flights.append((sequence, captured))
+            head = CheckpointHead(captured.ram, captured.device, 0, captured.boundary_us)
+            header = Header(Kind.CHECKPOINT, self._generation, sequence, head.payload_size)
+            length = captured.ram + captured.device
+            await self._link.send_raw(header, head.encode(), captured.buffer, length)
+
+    async def _receive(self) -> None:
+        while True:
+            received = await self._link.receive()
+            header = received.header
+            if header.generation != self._generation and header.kind is not Kind.REFUSE:
+                raise FrameError(f"a {header.kind.name} frame of generation {header.generation}")
+            match header.kind:
+                case Kind.HEARTBEAT:
+                    pass
+                case Kind.BULK_ACK:
+                    self._pass.acknowledged(header.sequence)
+                case Kind.ACK:
+                    self._acknowledged(header.sequence)
+                case Kind.REFUSE:
+                    raise refusal(received)
+                case _:
+                    raise FrameError(f"a {header.kind.name} frame, which a backup does not send now")
+
+    def _acknowledged(self, sequence: int) -> None:
+        if not self._flights or self._flights[0][0] != sequence:
+            raise FrameError(f"an acknowledgement of checkpoint {sequence}, which was not due")
+        _, captured = self._flights.popleft()
+        self._pool.release(captured.buffer)
+        self._output.release(sequence)
+        self._counters.commit(sequence)
+        if sequence == 1:
+            self._callbacks.committed()
+        self._stir()
+
+    async def _watch(self) -> None:
+        async for event in self._events:
+            await self._on_event(event)
+        raise QemuDied()
+
+    async def _on_event(self, event: Event) -> None:
+        ended = how_it_ended(event)
+        if ended is not None:
+            raise GuestEnded(ended)
+        if event.name in ("STOP", "RESUME") and self.stops.feed(event):
+            self._callbacks.paused(self.stops.paused)
+            await self._link.send(Kind.NOTE, self._generation, content={"paused": self.stops.paused})
+            self._stir()
+
+    async def _explain(self, error: Exception) -> None:
+        """Look whether QEMU's end is behind `error`, and raise that instead."""
+        with trio.move_on_after(_QEMU_LAST_WORDS):
+            async for event in self._events:
+                ended = how_it_ended(event)
+                if ended is not None:
+                    raise GuestEnded(ended) from error
+        if self._qmp.disconnected.is_set():
+            raise QemuDied() from error
+
+
+def how_it_ended(event: Event) -> str | None:
+    """How the guest ended, in words, if `event` says that it did."""
+    if event.name == "SHUTDOWN":
+        reason = str(event.data.get("reason", "unknown"))
+        return "the guest powered off" if event.data.get("guest") else f"its QEMU was ended ({reason})"
+    if event.name == "GUEST_PANICKED" and event.data.get("action") != "run":
+        return "the guest's kernel panicked"
+    return None
+
+
+def refusal(received: Received) -> LinkError:
+    """The error in a REFUSE frame."""
+    content = received.content
+    return PeerRefused(
+        str(content.get("kind", "")), str(content.get("text", "no reason given")), str(content.get("remedy", ""))
+    )

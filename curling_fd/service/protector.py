@@ -1,0 +1,478 @@
+"""The primary's side of a VM: try to protect it, and after every failure try again.
+
+One attempt is one session: examine the VM, greet the peer, make the first pass, take checkpoints. What ends a
+session decides what follows; the table in `failover.states` says which state that is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from curling_fd.capture.choice import open_engine
+from curling_fd.capture.engine import EngineOptions
+from curling_fd.capture.recover import recover
+from curling_fd.errors import (
+    AlreadyProtected,
+    ArbiterLost,
+    ArbiterUnavailable,
+    CaptureError,
+    ColoError,
+    ConfigError,
+    CurlingError,
+    FrameError,
+    GuestEnded,
+    LinkError,
+    LinkLost,
+    NotProtected,
+    PeerRefused,
+    PeerUnreachable,
+    QemuDied,
+    QmpError,
+    StaleGeneration,
+    StreamError,
+    Unprotected,
+    WrongRole,
+)
+from curling_fd.failover.arbiter import FileArbiter
+from curling_fd.failover.states import Event, State, allowed
+from curling_fd.link.frames import Kind
+from curling_fd.link.transport import FrameLink
+from curling_fd.output.hold import NoHold
+from curling_fd.qmp.client import EventStream, QmpClient, open_qmp
+from curling_fd.service.examine import Examined, examine
+from curling_fd.service.greeting import define, dial, greet
+from curling_fd.service.pace import Pace
+from curling_fd.service.primary import Callbacks, PrimarySession, SessionOptions
+from curling_fd.service.record import VmRecord, text
+from curling_fd.service.statistics import Counters
+
+#: Seconds between attempts: from the first to the last of these.
+_RETRY = (0.5, 10.0)
+
+#: Seconds between two questions to an arbiter, or a peer, that did not answer.
+_ASK_AGAIN = 1.0
+
+#: Seconds a QEMU that was told to quit may take before it is killed.
+_QUIT_TIMEOUT = 10.0
+
+#: The guest may stand still for one checkpoint this long, in seconds, before the checkpoint is given up.
+STOP_LIMIT = 2.0
+
+
+class Protector:
+    """Protects the VM of `record` whenever that is wanted."""
+
+    def __init__(self, record: VmRecord) -> None:
+        self._record = record
+        self._session: PrimarySession | None = None
+        self._switch_wanted = False
+        self._loop: trio.CancelScope | None = None
+        self._idle = trio.Event()
+        self._idle.set()
+        self._unusable: dict[str, str] = {}
+        self._outcome: CurlingError | None = None
+        self._by_order = False
+
+    @property
+    def running(self) -> bool:
+        return not self._idle.is_set()
+
+    async def protect(self) -> None:
+        """Start protecting; returns when the backup holds the first whole checkpoint.
+
+        Raises:
+            CurlingError: why it cannot be; nothing was changed.
+        """
+        record = self._record
+        if record.qmp is None or record.config.peer is None:
+            key = "qmp" if record.qmp is None else "peer"
+            raise ConfigError(f"vms/{record.name}.toml", "protecting needs it", key)
+        if record.wanted and self.running:
+            raise AlreadyProtected(record.name, record.state.value)
+        if not allowed(record.state, Event.PROTECT):
+            raise WrongRole(record.name, "protect", record.state.value)
+        self.start(first=True)
+        while self.running and record.state is not State.PROTECTED:
+            await record.changed.park()
+        if record.state is not State.PROTECTED:
+            raise self._outcome or NotProtected(record.name, record.state.value)
+
+    def start(self, *, first: bool = False) -> None:
+        """Begin to protect in the background. `first`: give up on the first failure and say why."""
+        self._idle = trio.Event()
+        self._outcome = None
+        self._record.host.nursery.start_soon(self._run, first)
+
+    async def unprotect(self) -> None:
+        """Stop protecting; the guest runs on alone when this returns."""
+        record = self._record
+        if not record.wanted and not self.running:
+            raise NotProtected(record.name, record.state.value)
+        record.remember(wanted=False)
+        self._by_order = True
+        if self._session is not None:
+            self._session.end("by an operator")
+        elif self._loop is not None:
+            self._loop.cancel()
+        await self._idle.wait()
+
+    async def switch(self) -> None:
+        """Move the VM to the backup; returns when it runs there.
+
+        Raises:
+            NotProtected: there is no whole checkpoint to continue from.
+            CurlingError: the backup could not; the VM runs on here.
+        """
+        record = self._record
+        if record.state is not State.PROTECTED or self._session is None:
+            raise NotProtected(record.name, record.state.value)
+        self._outcome = None
+        record.advance(Event.SWITCH, "by an operator")
+        self._session.switch()
+        while record.state is State.SWITCHING:
+            await record.changed.park()
+        if record.state is not State.IDLE:
+            raise self._outcome or NotProtected(record.name, record.state.value)
+
+    async def pause(self) -> None:
+        await self._protected_session("pause").pause()
+
+    async def resume(self) -> None:
+        await self._protected_session("resume").resume()
+
+    async def stop(self) -> None:
+        """The daemon ends: leave the guest running, and remember that protection is wanted."""
+        if self._session is not None:
+            self._session.end("the daemon on the primary stops")
+        elif self._loop is not None:
+            self._loop.cancel()
+        with trio.move_on_after(STOP_LIMIT * 2):
+            await self._idle.wait()
+
+    async def yield_to(self, generation: int, host: str) -> None:
+        """`host` runs the VM by a newer right: stop it here."""
+        if self._loop is not None:
+            self._loop.cancel()
+            await self._idle.wait()
+        record = self._record
+        record.remember(generation=generation)
+        await self._fence(Event.STALE, f"{host} runs the VM, at generation {generation}", generation)
+
+    def _protected_session(self, verb: str) -> PrimarySession:
+        if self._session is None or self._record.state is not State.PROTECTED:
+            raise NotProtected(self._record.name, self._record.state.value)
+        return self._session
+
+    # The loop of attempts.
+
+    async def _run(self, first: bool) -> None:
+        record = self._record
+        delay = _RETRY[0]
+        try:
+            with trio.CancelScope() as self._loop:
+                while True:
+                    record.advance(Event.PROTECT)
+                    committed = record.counters.committed
+                    try:
+                        await self._attempt()
+                        return
+                    except CurlingError as error:
+                        self._outcome = error
+                        if not await self._settle(error):
+                            return
+                        if first and not record.wanted:
+                            return
+                    progressed = record.counters.committed != committed
+                    delay = _RETRY[0] if progressed else min(delay * 2, _RETRY[1])
+                    await trio.sleep(delay)
+        finally:
+            self._loop = None
+            self._session = None
+            if first and not record.wanted and record.state is State.UNPROTECTED:
+                record.rest(text(self._outcome) if self._outcome else None)
+            elif self._by_order and allowed(record.state, Event.UNPROTECT):
+                record.rest("unprotected by an operator")
+            self._by_order = False
+            self._idle.set()
+            record.stir()
+
+    async def _settle(self, error: CurlingError) -> bool:
+        """Go to the state that `error` leads to; True if another attempt makes sense."""
+        record = self._record
+        match error:
+            case Unprotected():
+                return False
+            case GuestEnded():
+                record.remember(wanted=False, qmp=None)
+                record.advance(Event.GUEST_ENDED, error.how)
+                return False
+            case QemuDied():
+                if record.state is not State.IDLE:  # else the backup has taken it
+                    record.remember(wanted=False, qmp=None)
+                    record.advance(Event.GUEST_ENDED, text(error))
+                return False
+            case StaleGeneration():
+                await self._fence(Event.STALE, text(error), error.theirs)
+                return False
+            case ArbiterLost():
+                event = Event.LOST if record.state is State.HOLDING else Event.STALE
+                await self._fence(event, text(error), error.generation)
+                return False
+            case LinkError() | FrameError() if not isinstance(error, PeerRefused):
+                event = Event.LINK_LOST
+            case CaptureError() | StreamError() | ColoError():
+                if record.choice is not None:
+                    self._unusable[record.choice.engine] = text(error)
+                event = Event.CAPTURE_FAILED
+            case _:
+                event = Event.REFUSED
+        if not allowed(record.state, event):
+            event = Event.REFUSED if allowed(record.state, Event.REFUSED) else Event.LINK_LOST
+        record.advance(event, text(error))
+        if record.state is State.HOLDING:
+            return await self._win_alone()
+        return True
+
+    async def _win_alone(self) -> bool:
+        """The backup is lost: go on alone only if the arbiter says so. True if it did."""
+        record = self._record
+        while True:
+            try:
+                generation = await record.arbiter.swap(record.name, record.generation, incumbent=True)
+            except ArbiterLost as error:
+                await self._fence(Event.LOST, text(error), error.generation)
+                return False
+            except ArbiterUnavailable as error:
+                if record.reason != text(error):
+                    record.reason = text(error)
+                    record.note("holding", text(error))
+                await trio.sleep(_ASK_AGAIN)
+                continue
+            record.remember(generation=generation)
+            record.advance(Event.WON, record.reason)
+            return True
+
+    async def _fence(self, event: Event, reason: str, generation: int) -> None:
+        """Another host has the right to run the VM: stop it here, at once."""
+        record = self._record
+        record.remember(fenced=reason, wanted=False)
+        record.advance(event, reason, theirs=generation)
+        if record.qmp is not None:
+            try:
+                async with open_qmp(record.qmp) as qmp:
+                    await recover(qmp)
+                    await qmp.execute("stop")
+                record.note("stopped", f"the VM was stopped here: {reason}")
+            except QmpError as error:
+                record.note("stop-failed", f"the VM may still run here: {text(error)}")
+
+    # One attempt.
+
+    async def _attempt(self) -> None:
+        record, config = self._record, self._record.config
+        assert record.qmp is not None and config.peer is not None
+        async with open_qmp(record.qmp) as qmp:
+            await recover(qmp)
+            with qmp.events() as events:
+                disks = (*config.shared_disks, *config.scratch_disks)
+                examined = await examine(qmp, config.engine, disks, self._unusable)
+                record.choice = examined.choice
+                record.ram_bytes = sum(block.size for block in examined.memory)
+                async with self._greeted(examined) as link:
+                    record.advance(Event.PREPARED)
+                    await self._session_on(qmp, events, examined, link)
+
+    @asynccontextmanager
+    async def _greeted(self, examined: Examined) -> AsyncIterator[FrameLink]:
+        """A link to a peer whose standby waits."""
+        record, config = self._record, self._record.config
+        assert config.peer is not None
+        link = await dial(config.peer, record.host.config.insecure)
+        try:
+            known = await greet(link, record.host.name, record.name, record.generation)
+            await self._claim(known)
+            token = None
+            if isinstance(record.arbiter, FileArbiter):
+                token = await record.arbiter.leave_token(record.name)
+            try:
+                await define(link, record.generation, examined, config.max_checkpoint, token)
+            finally:
+                if isinstance(record.arbiter, FileArbiter) and token is not None:
+                    await record.arbiter.remove_token(token)
+            record.remember(wanted=record.wanted, fenced=None)
+            yield link
+        finally:
+            link.close()
+
+    async def _claim(self, known: int) -> None:
+        """Bring our generation up to what the peer and the arbiter know, by right."""
+        record = self._record
+        generation = max(known, record.generation)
+        if record.arbiter.automatic:
+            highest = await record.arbiter.generation(record.name)
+            if max(highest, generation) > record.generation or not highest:
+                generation = await record.arbiter.swap(
+                    record.name, max(highest, generation), incumbent=True
+                )
+        if generation != record.generation:
+            record.remember(generation=generation)
+
+    async def _session_on(
+        self, qmp: QmpClient, events: EventStream, examined: Examined, link: FrameLink
+    ) -> None:
+        record, config = self._record, self._record.config
+        pace = Pace(config.shortest_epoch, config.longest_epoch)
+        engine_options = EngineOptions(max(1, int(config.shortest_epoch * 1000)), STOP_LIMIT)
+        record.counters = Counters()
+        async with open_engine(qmp, examined.choice, engine_options) as engine:
+            session = PrimarySession(
+                qmp,
+                events,
+                engine,
+                link,
+                NoHold(),
+                record.counters,
+                self._options(pace),
+                Callbacks(self._progress, self._committed, self._paused),
+            )
+            self._session = session
+            try:
+                await session.run()
+                await self._hand_over(session, qmp, "a planned switch")
+            except (GuestEnded, Unprotected) as end:
+                await _say_end(link, record.generation, text(end))
+                raise
+            except QemuDied:
+                await self._give_up_dead(session)
+                raise
+            finally:
+                self._session = None
+
+    def _options(self, pace: Pace) -> SessionOptions:
+        config, daemon = self._record.config, self._record.host.config
+        return SessionOptions(
+            generation=self._record.generation,
+            pace=pace,
+            buffers=config.buffers,
+            max_checkpoint=config.max_checkpoint,
+            heartbeat_interval=daemon.heartbeat_interval,
+            failure_timeout=daemon.failure_timeout,
+        )
+
+    def _progress(self, sent: int) -> None:
+        self._record.progress = ("first pass", sent, max(sent, self._record.ram_bytes))
+        self._record.stir()
+
+    def _committed(self) -> None:
+        self._record.remember(wanted=True)
+        self._unusable.clear()
+        if self._record.state is State.SYNCING:
+            self._record.advance(Event.COMMITTED)
+
+    def _paused(self, paused: bool) -> None:
+        self._record.paused = paused
+        self._record.note("paused" if paused else "resumed", "by an operator")
+
+    # Handing the VM over.
+
+    async def _hand_over(self, session: PrimarySession, qmp: QmpClient, reason: str) -> None:
+        """The guest is stopped and its last checkpoint committed: let the backup run it."""
+        record = self._record
+        try:
+            generation = await session.hand_over(reason)
+        except PeerRefused as error:
+            self._outcome = error
+            record.advance(Event.NOT_TAKEN, text(error))
+            raise
+        except LinkError as error:
+            self._outcome = error
+            record.advance(Event.LINK_LOST, f"the handover is in doubt: {text(error)}")
+            generation = await self._resolve_doubt()
+            if generation is None:
+                record.advance(Event.WON, "the backup did not take the VM")
+                raise
+        record.remember(generation=generation, wanted=False, qmp=None)
+        await quit_qemu(qmp)
+        if record.state is State.HOLDING:
+            record.advance(Event.LOST, "the backup runs the VM")
+        else:
+            record.advance(Event.TAKEN, "the VM runs on the other host")
+
+    async def _resolve_doubt(self) -> int | None:
+        """Find out whether the backup took the VM: its generation there, or None if it runs here again.
+
+        The guest stays stopped meanwhile: this is the one place where I3 comes before I5. An operator who
+        knows better says `unprotect`.
+        """
+        record, config = self._record, self._record.config
+        assert config.peer is not None
+        while not self._by_order:
+            try:
+                if record.arbiter.automatic:
+                    generation = await record.arbiter.swap(record.name, record.generation, incumbent=True)
+                    record.remember(generation=generation)
+                    return None
+                link = await dial(config.peer, record.host.config.insecure)
+                try:
+                    await greet(link, record.host.name, record.name, record.generation)
+                    return None
+                finally:
+                    link.close()
+            except StaleGeneration as error:
+                return error.theirs
+            except ArbiterLost as error:
+                return error.generation
+            except (ArbiterUnavailable, LinkError, PeerUnreachable, FrameError):
+                await trio.sleep(_ASK_AGAIN)
+        return None
+
+    async def _give_up_dead(self, session: PrimarySession) -> None:
+        """QEMU is gone: the backup may have the VM, from its last commit."""
+        record = self._record
+        if record.state is not State.PROTECTED:
+            return
+        record.advance(Event.SWITCH, "its QEMU died on this host")
+        try:
+            generation = await session.hand_over("its QEMU died on the primary")
+        except LinkLost as error:
+            record.advance(Event.LINK_LOST, text(error))
+            return
+        except LinkError as error:
+            record.advance(Event.NOT_TAKEN, text(error))
+            return
+        record.remember(generation=generation, wanted=False, qmp=None)
+        record.advance(Event.TAKEN, "its QEMU died here; the other host runs the VM")
+
+
+async def _say_end(link: FrameLink, generation: int, reason: str) -> None:
+    """Tell the backup that the replica is not needed any more."""
+    try:
+        with trio.move_on_after(1.0):
+            await link.send(Kind.END, generation, content={"reason": reason})
+    except CurlingError:
+        pass  # the backup will notice; it has no right to run the VM either way
+
+
+async def quit_qemu(qmp: QmpClient) -> None:
+    """End a QEMU whose VM runs elsewhere, before anything could start its guest again."""
+    try:
+        pidfd = os.pidfd_open(qmp.pid)
+    except OSError:
+        pidfd = -1
+    try:
+        try:
+            await qmp.execute("quit")
+        except QmpError:
+            pass
+        with trio.move_on_after(_QUIT_TIMEOUT):
+            await qmp.disconnected.wait()
+        if not qmp.disconnected.is_set() and pidfd >= 0:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    finally:
+        if pidfd >= 0:
+            os.close(pidfd)

@@ -1,0 +1,142 @@
+"""One VM as its host knows it: its state, what is remembered of it, and what is shown of it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import trio
+from attrs import evolve
+
+from curling_fd.capture.probe import Choice
+from curling_fd.errors import CurlingError
+from curling_fd.failover.arbiter import Arbiter, FileArbiter, ManualArbiter
+from curling_fd.failover.states import Event, State, after, role
+from curling_fd.sentences import sentence
+from curling_fd.service.config import VmConfig
+from curling_fd.service.host import Host
+from curling_fd.service.statistics import Counters
+
+#: Events an operator must hear of.
+_LOUD = {
+    Event.LINK_LOST: logging.WARNING,
+    Event.CAPTURE_FAILED: logging.WARNING,
+    Event.LOST: logging.ERROR,
+    Event.STALE: logging.ERROR,
+    Event.STANDBY_DIED: logging.ERROR,
+    Event.WON: logging.WARNING,
+    Event.ORDERED: logging.WARNING,
+    Event.HANDED_OVER: logging.WARNING,
+}
+
+
+class VmRecord:
+    """The state of one VM on this host. All changes go through `advance`, and so through the table.
+
+    Attributes:
+        generation: the highest this host knows of.
+        wanted: protection was asked for and is taken up again after failures and restarts.
+        qmp: path of the VM's monitor on this host, if it can run here.
+        reason: why the state is what it is, when there is something to say.
+    """
+
+    def __init__(self, config: VmConfig, host: Host) -> None:
+        self.config = config
+        self.host = host
+        self.name = config.name
+        remembered = host.store.load(config.name)
+        self._remembered = remembered
+        self.state = State.FENCED if remembered.fenced else State.ACTIVE if remembered.qmp else State.IDLE
+        self.reason: str | None = remembered.fenced
+        self.counters = Counters()
+        self.choice: Choice | None = None
+        self.ram_bytes = 0
+        self.paused = False
+        self.progress: tuple[str, int, int] | None = None
+        self.changed = trio.lowlevel.ParkingLot()
+        self.arbiter: Arbiter = (
+            FileArbiter(config.arbiter_directory, host.name)
+            if config.arbiter == "file" and config.arbiter_directory
+            else ManualArbiter()
+        )
+
+    @property
+    def generation(self) -> int:
+        return self._remembered.generation
+
+    @property
+    def wanted(self) -> bool:
+        return self._remembered.wanted
+
+    @property
+    def qmp(self) -> str | None:
+        return self._remembered.qmp or self.config.qmp
+
+    def remember(self, **changes: Any) -> None:
+        """Change what is remembered; on disk when this returns."""
+        self._remembered = evolve(self._remembered, **changes)
+        self.host.store.save(self.name, self._remembered)
+
+    def advance(self, event: Event, reason: str | None = None, **fields: Any) -> None:
+        """Go to the state that follows on `event`, and say so.
+
+        Raises:
+            ValueError: the table has no such transition: a bug.
+        """
+        before, self.state = self.state, after(self.state, event)
+        self.reason = reason
+        self.progress = None
+        message = f"{before} -> {self.state}" + (f": {reason}" if reason else "")
+        level = _LOUD.get(event, logging.INFO)
+        self.host.journal.add(
+            self.name, event, message, level=level, state=self.state.value, generation=self.generation, **fields
+        )
+        self.stir()
+
+    def rest(self, reason: str | None) -> None:
+        """Protection is over by an operator's word: back to where it began."""
+        self.advance(Event.UNPROTECT, reason)
+        if self._remembered.qmp:  # a VM that was taken over runs here, under a monitor of ours
+            self.state = State.ACTIVE
+
+    def note(self, event: str, message: str, *, level: int = logging.INFO, **fields: Any) -> None:
+        """Record something that changes no state."""
+        self.host.journal.add(self.name, event, message, level=level, **fields)
+        self.stir()
+
+    def stir(self) -> None:
+        """Something shown changed."""
+        self.changed.unpark_all()
+
+    def show(self) -> dict[str, Any]:
+        """The VM as the control interface's type `Vm`."""
+        choice, progress = self.choice, self.progress
+        statistics = self.counters.statistics()
+        return {
+            "name": self.name,
+            "role": role(self.state),
+            "state": self.state.value,
+            "reason": self.reason,
+            "engine": choice.engine if choice else None,
+            "engine_reason": choice.reason if choice else None,
+            "accelerator": choice.accelerator if choice else None,
+            "qemu_version": ".".join(map(str, choice.version)) if choice else None,
+            "peer": str(self.config.peer) if self.config.peer else None,
+            "generation": self.generation,
+            "arbiter": self.config.arbiter,
+            "ram_bytes": self.ram_bytes,
+            "paused": self.paused,
+            "progress": (
+                {"phase": progress[0], "done_bytes": progress[1], "total_bytes": progress[2]}
+                if progress
+                else None
+            ),
+            "statistics": {
+                name: getattr(statistics, name) for name in type(statistics).__annotations__
+            },
+        }
+
+
+def text(error: CurlingError) -> str:
+    """What happened, in one sentence."""
+    return sentence(error).text

@@ -1,0 +1,76 @@
+"""Making a waiting standby the running VM: load what it does not map, and let it go."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import trio
+
+from curling_fd.capture.settings import set_capabilities
+from curling_fd.errors import QmpError, StandbyFailed
+from curling_fd.qmp.client import EventStream, open_qmp
+from curling_fd.replica.image import Replica
+
+_FD_NAME = "curling-restore"
+
+#: Seconds for a standby to load the small blocks and the device state, and to run.
+_LOAD_TIMEOUT = 10.0
+
+
+async def activate(qmp_path: Path, replica: Replica, *, paused: bool) -> None:
+    """Run the VM in the standby behind the monitor `qmp_path` from the checkpoint that `replica` is.
+
+    Args:
+        paused: leave the guest stopped, as the operator had it.
+
+    Raises:
+        StandbyFailed: QEMU did not take the state.
+    """
+    ours, theirs = socket.socketpair()
+    try:
+        with trio.fail_after(_LOAD_TIMEOUT):
+            async with open_qmp(qmp_path) as qmp:
+                with qmp.events() as events:
+                    await set_capabilities(qmp, {"events": True})
+                    await qmp.hand_over(_FD_NAME, theirs.fileno())
+                    theirs.close()
+                    await qmp.execute("migrate-incoming", {"uri": f"fd:{_FD_NAME}"})
+                    await trio.to_thread.run_sync(_send, ours, replica)
+                    await _loaded(events)
+                    if not paused:
+                        await qmp.execute("cont")
+                        await _resumed(events)
+    except trio.TooSlowError:
+        raise StandbyFailed(f"the VM did not run within {_LOAD_TIMEOUT:g} s") from None
+    except QmpError as error:
+        raise StandbyFailed(str(error)) from None
+    finally:
+        ours.close()
+        theirs.close()
+
+
+async def _loaded(events: EventStream) -> None:
+    async for event in events:
+        status = event.data.get("status") if event.name == "MIGRATION" else None
+        if status == "completed":
+            return
+        if status == "failed":
+            raise StandbyFailed("QEMU could not load the checkpoint")
+    raise StandbyFailed("QEMU went away while it loaded the checkpoint")
+
+
+async def _resumed(events: EventStream) -> None:
+    async for event in events:
+        if event.name == "RESUME":
+            return
+    raise StandbyFailed("QEMU went away when it was to run")
+
+
+def _send(sock: socket.socket, replica: Replica) -> None:
+    sock.settimeout(_LOAD_TIMEOUT)
+    try:
+        for piece in replica.restore():
+            sock.sendall(piece)
+    except OSError as error:
+        raise StandbyFailed(f"QEMU stopped taking the checkpoint: {error.strerror or error}") from None

@@ -1,0 +1,131 @@
+"""Memory that has an fd: memfds, mapped once, pooled and reused.
+
+A checkpoint is read into such a buffer and leaves it by `sendfile`, arrives in another by `splice`. First
+use of a page costs several times its copying, so buffers are kept, and a start is made with their first
+megabytes already touched. A pool never makes more buffers than it was allowed, and none grows past its
+capacity: that is where invariant I6 (memory is bounded) stands.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import deque
+
+import trio
+from attrs import frozen
+
+#: madvise value of Linux 5.14 and later; Python has no name for it.
+_MADV_POPULATE_WRITE = 23
+
+#: Bytes of each buffer that are touched when it is made.
+PREFAULT = 4 << 20
+
+#: Bytes of a buffer that stay allocated when it returns to its pool; what a rare large checkpoint used
+#: beyond goes back to the host.
+KEEP = 256 << 20
+
+
+class Buffer:
+    """A memfd of `capacity` bytes (allocated as they are touched) and its mapping, `view`.
+
+    The fd and the mapping belong to this object until `close`.
+    """
+
+    def __init__(self, name: str, capacity: int, prefault: int = PREFAULT) -> None:
+        self.capacity = capacity
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, capacity)
+            self._map = mmap.mmap(self.fd, capacity)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.view = memoryview(self._map)
+        if prefault:
+            self._prefault(min(prefault, capacity))
+
+    def _prefault(self, length: int) -> None:
+        try:
+            self._map.madvise(_MADV_POPULATE_WRITE, 0, -(-length // mmap.PAGESIZE) * mmap.PAGESIZE)
+        except (OSError, ValueError):  # an older kernel: the first checkpoints fault the pages in
+            pass
+
+    def allocated(self) -> int:
+        """Bytes of host memory the buffer holds now."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def trim(self, keep: int = KEEP) -> None:
+        """Give memory past the first `keep` bytes back to the host."""
+        if self.capacity > keep and self.allocated() > keep:
+            start = -(-keep // mmap.PAGESIZE) * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_REMOVE, start)
+
+    def close(self) -> None:
+        """Free the buffer. Views made from `view` must be released before."""
+        if self.fd < 0:
+            return
+        fd, self.fd = self.fd, -1  # a second close must not hit an fd that was reused
+        self.view.release()
+        self._map.close()
+        os.close(fd)
+
+
+@frozen
+class PoolStatistics:
+    """Buffers and bytes of a pool. `limit` is what `allocated` can never exceed."""
+
+    buffers: int
+    free: int
+    allocated: int
+    limit: int
+
+
+class BufferPool:
+    """At most `count` buffers of `capacity` bytes each, made when first needed.
+
+    Waiting in `acquire` is the backpressure of the whole data path: no free buffer, no checkpoint.
+    """
+
+    def __init__(self, name: str, count: int, capacity: int) -> None:
+        self._name = name
+        self._count = count
+        self._capacity = capacity
+        self._all: list[Buffer] = []
+        self._free: deque[Buffer] = deque()
+        self._returned = trio.lowlevel.ParkingLot()
+        self._closed = False
+
+    async def acquire(self) -> Buffer:
+        """A free buffer, the one used last first, for its pages are warm. Waits while there is none."""
+        await trio.lowlevel.checkpoint()
+        while not self._free:
+            if len(self._all) < self._count:
+                self._all.append(buffer := Buffer(self._name, self._capacity))
+                return buffer
+            await self._returned.park()
+        return self._free.pop()
+
+    def release(self, buffer: Buffer) -> None:
+        """Take `buffer` back. Once the pool is closed, this frees it."""
+        if self._closed:
+            buffer.close()
+            return
+        buffer.trim()
+        self._free.append(buffer)
+        self._returned.unpark()
+
+    def statistics(self) -> PoolStatistics:
+        """What the pool holds now, in bytes."""
+        return PoolStatistics(
+            buffers=len(self._all),
+            free=len(self._free),
+            allocated=sum(buffer.allocated() for buffer in self._all if buffer.fd >= 0),
+            limit=self._count * self._capacity,
+        )
+
+    def close(self) -> None:
+        """Free what is free now, and the rest as it is released."""
+        self._closed = True
+        while self._free:
+            self._free.pop().close()

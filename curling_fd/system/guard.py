@@ -1,0 +1,161 @@
+"""A guard: a small process that carries out the daemon's last will.
+
+QEMU stopped in the middle of a checkpoint stays stopped until somebody tells it that the peer is gone, and
+a standby whose daemon died must not stay behind. The daemon cannot do either once it is dead or frozen. So
+it starts a child beforehand that holds a descriptor of its own and does one thing:
+
+    write   put bytes on a connection, for instance x-colo-lost-heartbeat on the daemon's QMP connection
+    kill    SIGKILL the process of a pidfd
+
+and does it when
+    the daemon is gone        its end of the control socket is closed, by whatever death
+    the daemon is frozen      armed, and not disarmed for the deadline (only `write`)
+
+Arming and disarming store one word in a page both share: no system call, no wake-up of another process
+while the guest stands still. The guard looks at the page once per deadline. Being late is bounded by the
+scheduler alone: whoever arms sets a time one deadline ahead, so a guard that slept one deadline cannot have
+missed it.
+
+The guard has its own session and ignores SIGTERM, SIGINT and SIGHUP: what stops the daemon must not stop
+its guard. A unit that runs the daemon needs KillMode=process for the same reason.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from mmap import mmap
+from pathlib import Path
+
+from curling_fd.system.guard_main import ACTED, DUE, READY
+
+MAIN = Path(__file__).with_name("guard_main.py")
+
+LOST_HEARTBEAT = b'{"execute":"x-colo-lost-heartbeat","id":"curling-guard"}\r\n'
+"""The will of a daemon that protects a VM: QEMU ends its checkpoint loop and the guest runs."""
+
+ANSWER = b'"curling-guard"'
+"""What QEMU's answer to LOST_HEARTBEAT contains; the guard holds the connection open until it has seen it."""
+
+START_SECONDS = 10.0
+RETIRE_SECONDS = 1.0
+
+
+class GuardFailed(OSError):
+    """The guard process did not start."""
+
+
+class Guard:
+    """The daemon's handle of one guard, from `start_write` or `start_kill`. Leaving its `with` retires it.
+
+    `arm`, `disarm` and `acted` may be used from any thread, also after the guard is gone.
+    """
+
+    def __init__(self, will: list[str | bytes], fd: int, deadline_ms: int) -> None:
+        self._deadline_ns = deadline_ms * 1_000_000
+        # Both ends are close-on-exec, so no other child can hold our end open and hide our death.
+        self._control, theirs = socket.socketpair()
+        page_fd = os.memfd_create("curling-guard")
+        try:
+            os.ftruncate(page_fd, 4096)
+            self._page = memoryview(mmap(page_fd, 4096)).cast("Q")
+            numbers = [str(theirs.fileno()), str(page_fd), str(deadline_ms)]
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(MAIN), *numbers, *will],
+                pass_fds=(theirs.fileno(), page_fd, fd),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._control.close()
+            raise GuardFailed(f"the guard process did not start: {error}") from error
+        finally:
+            os.close(page_fd)
+            theirs.close()
+        self._control.settimeout(START_SECONDS)
+        try:
+            ready = self._control.recv(1)
+        except OSError:
+            ready = b""
+        if not ready:
+            self.close()
+            raise GuardFailed("the guard process did not come up")
+
+    @classmethod
+    def start_write(cls, fd: int, payload: bytes, deadline_ms: int, *, answer: bytes = ANSWER) -> Guard:
+        """Start a guard that writes `payload` to `fd`. Blocks for some 30 ms, until it is up.
+
+        Args:
+            fd: the connection; borrowed, the guard has a duplicate, so it stays open until the guard ends.
+            payload: the bytes, without NUL.
+            deadline_ms: how long after `arm` it acts; at least 1.
+            answer: after our death the guard holds the connection open until this comes back, at most 5 s.
+
+        Raises:
+            GuardFailed: it did not start.
+        """
+        if deadline_ms < 1:
+            raise ValueError("a deadline is at least 1 ms")
+        return cls(["write", str(fd), payload, answer], fd, deadline_ms)
+
+    @classmethod
+    def start_kill(cls, pidfd: int) -> Guard:
+        """Start a guard that kills the process of `pidfd` (borrowed) when we are gone. Blocks for some 30 ms.
+
+        Raises:
+            GuardFailed: it did not start.
+        """
+        return cls(["kill", str(pidfd)], pidfd, 0)
+
+    @property
+    def pid(self) -> int:
+        """The guard's process id."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the guard is still there; once it is not, nobody carries out the will."""
+        return self._page[READY] == 1 and self._process.poll() is None
+
+    @property
+    def acted(self) -> bool:
+        """Whether the deadline has passed while armed, and the will was carried out."""
+        return self._page[ACTED] > 0
+
+    def arm(self) -> None:
+        """Act one deadline from now unless disarmed or armed again before. Costs less than a microsecond."""
+        self._page[DUE] = time.monotonic_ns() + self._deadline_ns
+
+    def disarm(self) -> None:
+        """Do not act for now; our death still counts."""
+        self._page[DUE] = 0
+
+    def retire(self) -> None:
+        """End the guard without its acting, and reap it. Returns within milliseconds."""
+        self.disarm()
+        try:
+            self._control.send(b"Q", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            self._process.wait(RETIRE_SECONDS)
+        except (OSError, subprocess.TimeoutExpired):
+            pass
+        self.close()
+
+    def close(self) -> None:
+        """Kill the guard if it is still there, reap it and give up our end. Idempotent."""
+        # Before our end is closed: a guard that sees that would act.
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        self._control.close()
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.retire()

@@ -1,0 +1,76 @@
+"""What runs inside a lab VM, as the part of QEMU's command line that boots it."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from attrs import frozen
+
+from .bootsector import boot_sector
+from .initramfs import initramfs
+from .kernel import kernel
+
+# Each of these saves an emulated CPU a noticeable part of the boot.
+_FAST_BOOT = "quiet nokaslr no_timer_check cryptomgr.notests"
+
+
+class Guest(Protocol):
+    """`memory` is what it runs well with, in the form of QEMU's -m."""
+
+    @property
+    def memory(self) -> str: ...
+
+    def arguments(self) -> list[str]:
+        """The options that boot it. May build or download what it boots, which takes its time once."""
+        ...
+
+
+@frozen
+class LinuxGuest:
+    """Debian's kernel with guest.c as its only program; the fields are explained there.
+
+    `ip` ("10.0.0.5/24") is given to its first network card.
+    """
+
+    pages: int = 4096
+    dirty: int = 256
+    pause_us: int = 1000
+    report_ms: int = 200
+    threads: int = 0
+    mode: Literal["verify", "dirty"] = "verify"
+    ip: str | None = None
+    memory: str = "256M"
+
+    def arguments(self) -> list[str]:
+        """-kernel, -initrd and -append."""
+        booted = kernel()
+        settings = {
+            "pages": self.pages,
+            "dirty": self.dirty,
+            "pause_us": self.pause_us,
+            "report_ms": self.report_ms,
+            "threads": self.threads,
+            "mode": self.mode,
+            "ip": self.ip,
+        }
+        given = " ".join(f"curling.{key}={value}" for key, value in settings.items() if value is not None)
+        # panic=0: a panicked kernel stays where it is instead of rebooting.
+        cmdline = f"console=ttyS0 panic=0 {_FAST_BOOT} {given}"
+        return ["-kernel", str(booted.image), "-initrd", str(initramfs(booted)), "-append", cmdline]
+
+
+@frozen
+class BootSectorGuest:
+    """The real-mode guest of bootsector.S, from an option ROM or from a read-only floppy."""
+
+    report_ms: int = 200
+    ticks: int = 10
+    floppy: bool = False
+    memory: str = "16M"
+
+    def arguments(self) -> list[str]:
+        """-option-rom or -drive."""
+        image = boot_sector(self.report_ms, self.ticks)
+        if self.floppy:
+            return ["-drive", f"if=floppy,format=raw,readonly=on,file={image}"]
+        return ["-option-rom", str(image)]
