@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -34,7 +35,7 @@ from tests.lab.vm import LabVm
 
 _FLOOR = Path(__file__).with_name("floor.c")
 
-_FLUSHED = re.compile(r"colo_flush_ram_cache_begin dirty_pages (\d+)")
+_SYNCED = re.compile(r"migration_bitmap_sync_end dirty_pages (\d+)")
 
 #: Stops thrown away at the start of a visit, for every variant: the end of the first pass, and buffers that are
 #: touched for the first time.
@@ -160,8 +161,7 @@ class Stock:
     name = "stock"
 
     async def visit(self, bench: Bench, load: Load, count: int) -> Visit:
-        # One line per checkpoint with the pages it brought; QEMU tells no number while it is in the loop.
-        extra = ["-incoming", "defer", "-trace", "colo_flush_ram_cache_begin"]
+        extra = ["-incoming", "defer"]
         secondary = LabVm(guest=bench.vm.guest, qemu=bench.qemu, extra=extra, name="secondary")
         async with secondary, open_qmp(secondary.operator) as other:
             uri = f"unix:{secondary.directory}/migration.sock"
@@ -171,10 +171,16 @@ class Stock:
                 async with _colo(bench, int(load.epoch * 1000)):
                     await bench.qmp.execute("migrate", {"uri": uri})
                     await _until_colo(events)
+                    # QEMU tells no page count while it is in the loop: one line per checkpoint has it.
+                    await _trace(bench.qmp, True)
+                    seen = len(bench.vm.stderr())
                     stops = await record(events, count)
+                    await _trace(bench.qmp, False)
                     await _lose(bench.qmp)
-            pages = [float(number) for number in _FLUSHED.findall(secondary.stderr())]
-        return Visit(stops, pages[WARM_UP : WARM_UP + count])
+        sums = [int(number) for number in _SYNCED.findall(bench.vm.stderr()[seen:])]
+        # QEMU adds them up and starts again from nothing about once a second.
+        pages = [float(now - before if now > before else now) for before, now in pairwise(sums)]
+        return Visit(stops, pages[-count:])
 
 
 class Discard:
@@ -241,6 +247,10 @@ async def _colo(bench: Bench, delay_ms: int) -> AsyncIterator[None]:
 async def _set(qmp: QmpClient, wanted: dict[str, bool]) -> None:
     entries = [{"capability": name, "state": state} for name, state in wanted.items()]
     await qmp.execute("migrate-set-capabilities", {"capabilities": entries})
+
+
+async def _trace(qmp: QmpClient, on: bool) -> None:
+    await qmp.execute("trace-event-set-state", {"name": "migration_bitmap_sync_end", "enable": on})
 
 
 async def _until_colo(events: EventStream) -> None:

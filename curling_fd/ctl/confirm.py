@@ -46,7 +46,12 @@ async def confirmed(context: Context, client: Client, question: str, consequence
             file=sys.stderr,
             flush=True,
         )
-        if sys.stdin.readline().strip() != name:
+        try:
+            answer = sys.stdin.readline().strip()
+        except KeyboardInterrupt:
+            failure = Failure("Interrupted", "Interrupted; nothing was changed.", "", ExitCode.INTERRUPTED)
+            raise CommandFailed(failure) from None
+        if answer != name:
             raise CommandFailed(
                 Failure(
                     "NotConfirmed",

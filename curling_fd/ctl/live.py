@@ -143,7 +143,7 @@ class _JsonLines:
 class _Rows:
     """A row for each VM and update, under one header; columns only grow, so that they stay in line."""
 
-    _START = (8, 12, 7, 11, 11, 6, 23, 5, 6)
+    _START = (8, 12, 7, 11, 11, 6, 23, 5, 6, 0)
 
     def __init__(self) -> None:
         self._widths: Sequence[int] = self._START
@@ -156,9 +156,8 @@ class _Rows:
         rows += [(now, *words.watch_row(vm)) for vm in vms] or [
             (now, "no VMs", *[""] * (len(words.WATCH_HEADERS) - 1))
         ]
-        self._widths = [
-            max(width, *map(len, cells)) for width, *cells in zip((*self._widths, 0), *rows, strict=True)
-        ]
+        columns = zip(self._widths, *rows, strict=True)
+        self._widths = [max(least, *map(len, column)) for least, *column in columns]
         print("\n".join(plain_table(rows, self._widths)), flush=True)
 
     def silent(self) -> None:

@@ -48,11 +48,17 @@ def _run(arguments: list[str]) -> int:
     except CurlingError as error:
         failure = failure_of(error)
     except KeyboardInterrupt:
-        failure = Failure("Interrupted", "Interrupted.", "", ExitCode.INTERRUPTED)
+        failure = Failure("Interrupted", "Interrupted.", _what_goes_on(arguments), ExitCode.INTERRUPTED)
     except SystemExit as error:  # --help, --version
         return error.code if isinstance(error.code, int) else ExitCode.OK
     output.failure(failure)
     return failure.code
+
+
+def _what_goes_on(arguments: list[str]) -> str:
+    # curlingd does not give a VM up half way because nobody looks any more.
+    changing = {"protect", "unprotect", "failover", "switch", "pause", "resume"} & set(arguments)
+    return "What was begun goes on in curlingd; see 'curlingctl list'." if changing else ""
 
 
 if __name__ == "__main__":

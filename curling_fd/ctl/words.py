@@ -37,7 +37,8 @@ _STYLES = {
 
 def style_of(word: str) -> str:
     """Return the colour of a state or status; a word we do not know has none."""
-    return _STYLES.get(word.partition(",")[0], "")
+    plain, _, held = word.partition(", ")
+    return "yellow" if plain == "protected" and held else _STYLES.get(plain, "")
 
 
 def clean(text: object) -> str:
@@ -70,8 +71,8 @@ def milliseconds(value: float | None) -> str:
 
 def stop_times(vm: Mapping[str, Any]) -> str:
     """Last, median and 99th percentile of the stop time, in milliseconds."""
-    values = [statistic(vm, name) for name in ("stop_ms_last", "stop_ms_p50", "stop_ms_p99")]
-    return " / ".join(NOTHING if value is None else f"{value:.1f}" for value in values)
+    numbers = [statistic(vm, name) for name in ("stop_ms_last", "stop_ms_p50", "stop_ms_p99")]
+    return NOTHING if None in numbers else " / ".join(f"{number:.1f}" for number in numbers)
 
 
 def size(value: float | None) -> str:

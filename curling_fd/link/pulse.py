@@ -22,11 +22,12 @@ async def keep_pulse(link: FrameLink, generation: int, interval: float) -> None:
 
 
 async def watch_pulse(link: FrameLink, timeout: float) -> None:
-    """Return never; raise LinkLost once the peer has been silent for `timeout` seconds.
+    """Return never; raise LinkLost once the peer has been silent for `timeout` seconds from now on.
 
     Silence only counts while we listened: if this process itself was stopped or starved past the deadline,
     what the peer sent meanwhile may still lie unread, and the peer gets its time again.
     """
+    link.statistics.heard = trio.current_time()
     while True:
         deadline = link.statistics.heard + timeout
         await trio.sleep_until(deadline)

@@ -7,6 +7,7 @@ alive and its guest may well run: a daemon that died comes back, and finds us wa
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +283,7 @@ class Follower:
                         record.note("waiting", text(error))
                     else:
                         self._suspicion = None
-                        with trio.CancelScope(shield=True):
+                        with trio.CancelScope(shield=True), suppress(CurlingError):  # it is in the journal
                             await self._take_over(Event.WON, "the primary is lost")
                         return
                 await trio.sleep(_LOOK_AGAIN)

@@ -24,13 +24,15 @@ class StopWatcher:
     def __init__(self, counters: Counters) -> None:
         self.paused = False
         self._counters = counters
-        self._opened = math.inf
-        self._closed = 0.0
+        # The first pass ends with a stop too: until the first checkpoint every stop is ours.
+        self._opened = 0.0
+        self._closed = math.inf
+        self._first_pass = True
         self._stopped_at: int | None = None
 
     def window_opens(self, now_us: int) -> None:
         """A checkpoint begins: a stop from `now_us` on is its own."""
-        self._opened, self._closed = now_us, math.inf
+        self._opened, self._closed, self._first_pass = now_us, math.inf, False
 
     def window_closes(self, now_us: int) -> None:
         self._closed = now_us
@@ -46,7 +48,8 @@ class StopWatcher:
                 self.paused = True
         elif event.name == "RESUME":
             if self._stopped_at is not None:
-                self._counters.stopped((event.timestamp_us - self._stopped_at) / 1000)
+                if not self._first_pass:
+                    self._counters.stopped((event.timestamp_us - self._stopped_at) / 1000)
                 self._stopped_at = None
             elif not ours:
                 self.paused = False

@@ -72,5 +72,7 @@ def _send(sock: socket.socket, replica: Replica) -> None:
     try:
         for piece in replica.restore():
             sock.sendall(piece)
+        # QEMU reads on for a description of the state, which no checkpoint has, until the stream ends.
+        sock.shutdown(socket.SHUT_WR)
     except OSError as error:
         raise StandbyFailed(f"QEMU stopped taking the checkpoint: {error.strerror or error}") from None

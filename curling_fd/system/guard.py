@@ -86,6 +86,7 @@ class Guard:
         if not ready:
             self.close()
             raise GuardFailed("the guard process did not come up")
+        self._control.setblocking(False)
 
     @classmethod
     def start_write(cls, fd: int, payload: bytes, deadline_ms: int, *, answer: bytes = ANSWER) -> Guard:
@@ -140,7 +141,7 @@ class Guard:
         """End the guard without its acting, and reap it. Returns within milliseconds."""
         self.disarm()
         try:
-            self._control.send(b"Q", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            self._control.send(b"Q")
             self._process.wait(RETIRE_SECONDS)
         except (OSError, subprocess.TimeoutExpired):
             pass

@@ -39,7 +39,7 @@ for line in sys.stdin:
 
 
 class Daemon:
-    """A process that owns guards and does what it is told, line by line. `fds` are passed under their numbers."""
+    """A process that owns guards and does what it is told, line by line. It inherits `fds`."""
 
     def __init__(self, *fds: int) -> None:
         self.process = subprocess.Popen(
@@ -90,11 +90,7 @@ def daemon(monitor: Monitor) -> Iterator[Daemon]:
 
 def silent(connection: socket.socket) -> bool:
     """Whether nothing has come, and the other end is still open."""
-    try:
-        connection.recv(1, socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return True
-    return False
+    return not select.select([connection], [], [], 0)[0]
 
 
 def gone(pidfd: int) -> bool:
@@ -235,7 +231,7 @@ def test_a_guard_that_was_killed_says_so(monitor: Monitor) -> None:
 
 
 def test_a_child_of_the_daemon_does_not_hide_its_death(monitor: Monitor) -> None:
-    """A child that inherits descriptors, as a standby does, must not inherit our end of the control socket."""
+    """A child that inherits descriptors, as a standby does, must not inherit our end of the connection."""
     with Guard.start_write(monitor.ours.fileno(), LOST_HEARTBEAT, 1000):
         listing = subprocess.run(
             ["ls", "-l", "/proc/self/fd"], close_fds=False, capture_output=True, check=True, text=True

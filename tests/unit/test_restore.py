@@ -66,6 +66,7 @@ def test_pages_of_zeros_are_sent_as_fill_records_so_that_old_content_goes() -> N
     addresses = [address for run in fills for address in page_addresses(memoryview(data), run)]
     assert addresses == [0x1000, 0x3000]
     assert scanner.pages == 2
+    assert data.count(b"pc.bios") == 2, "once in the block list, once before the first page"
 
 
 def test_the_size_of_a_restore_stream_does_not_depend_on_the_mapped_blocks() -> None:

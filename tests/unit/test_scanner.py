@@ -174,6 +174,18 @@ def test_an_unfinished_page_is_not_consumed_and_changes_no_block() -> None:
     assert scanner.last_block == "pc.ram"
 
 
+def test_a_block_name_may_be_missing_to_its_very_length() -> None:
+    for header in (page(0, VGA), fill(0, VGA)):
+        for size in range(8, 8 + 9):
+            assert scan(Scanner.for_checkpoint(LAYOUT, None), END + header[:size])[1] == len(END)
+
+
+def test_a_multifd_flush_is_passed_over() -> None:
+    flush = struct.pack(">Q", 0x200)
+    data = END + flush + page(0, RAM) + flush + TAIL + b"\x00"
+    assert [type(event) for event in checkpoint(data)] == [SectionStart, PageRun, SectionEnd, EndOfVmState]
+
+
 def test_addresses_and_fill_bytes_of_runs_are_read_in_their_order() -> None:
     addresses = [0x5000, 0x1000, 0xFF000, 0x2000]
     pages = page(addresses[0], RAM) + b"".join(page(address) for address in addresses[1:])
@@ -284,7 +296,7 @@ def _checkpoint() -> Scanner:
             "16 bits",
         ),
         (PASS, MAGIC + CONFIGURATION + CONFIGURATION, "0x07"),
-        (PASS, MAGIC + CONFIGURATION + SUBSECTION * 120, "more than 4096"),
+        (PASS, MAGIC + CONFIGURATION + SUBSECTION * 120 + START, "more than 4096"),
         (PASS, MAGIC + CONFIGURATION + MANY_CAPABILITIES, "more than 4096"),
         (PASS, MAGIC + b"\x01" + START[1:5] + b"\x05block" + bytes(8), "device block sends"),
         (PASS, BEGIN + DEVICE, "device timer sends"),
@@ -302,6 +314,7 @@ def _checkpoint() -> Scanner:
         (PASS, MAGIC + START + struct.pack(">Q", 0x1004) + b"\x02\xff\xfe", "not a name"),
         (PASS, MAGIC + START + page(0, RAM), "not in the block list"),
         (PASS, MAGIC + DEVICE[:5] + b"\x00", "not a name"),
+        (PASS, MAGIC + DEVICE[:5] + b"\x03a\nb", "not a name"),
         (_checkpoint, START + table(VGA, RAM) + TAIL, "not those of the first pass"),
         (_checkpoint, DEVICE, "device timer sends"),
         (_checkpoint, END + page(0, Block("other", 1)), "'other'"),
@@ -311,7 +324,9 @@ def _checkpoint() -> Scanner:
         (_checkpoint, END + page(0, flags=0x208), "flags 0x228"),
         (_checkpoint, END + page(0) + page(0) + page(0, flags=0x808), "flags 0x828"),
         (_checkpoint, END + struct.pack(">Q", 0x1010), "flags 0x10 and address 0x1000"),
+        (_checkpoint, END + struct.pack(">Q", 0x1200), "flags 0x200 and address 0x1000"),
         (_checkpoint, END + struct.pack(">Q", 0x30), "flags 0x30"),
+        (_checkpoint, b"\x04" + START[1:] + TAIL + PART, "after its end"),
         (_checkpoint, END + TAIL[:8] + b"\x7e" + struct.pack(">I", 3), "footer"),
         (_checkpoint, END + TAIL[:8] + b"\x00" * 5, "footer"),
         (_checkpoint, b"\x06", "0x06"),
@@ -351,8 +366,15 @@ def test_the_scanner_holds_no_part_of_the_buffer_after_a_call() -> None:
 
 @pytest.mark.parametrize(
     "unit",
-    [page(0), page(0) * 2 + fill(0), page(0) * 2 + fill(0) * 2, page(0) * 40 + fill(0), fill(0)],
-    ids=["pages", "pairs-and-fills", "pairs", "forties", "fills"],
+    [
+        page(0),
+        page(0) * 2 + fill(0),
+        page(0) * 2 + fill(0) * 2,
+        page(0) * 2 + fill(0) + page(0) * 15 + fill(0),
+        page(0) * 40 + fill(0),
+        fill(0),
+    ],
+    ids=["pages", "pairs-and-fills", "pairs", "pairs-and-fifteens", "forties", "fills"],
 )
 @pytest.mark.parametrize("piece", [None, 20_000])
 def test_looking_ahead_costs_in_proportion_to_what_there_is(

@@ -6,7 +6,7 @@ import attrs
 import pytest
 
 from curling_fd import errors
-from curling_fd.sentences import INTERNAL_ERROR, Sentence, sentence
+from curling_fd.sentences import INTERNAL_ERROR, Sentence, has_words, sentence
 from curling_fd.varlink.failures import error_facts, error_from, error_name, error_reply
 from curling_fd.varlink.protocol import ErrorReply, Reply
 
@@ -41,7 +41,7 @@ def is_well_formed(said: Sentence) -> bool:
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_class_has_a_sentence_of_its_own(kind: type[errors.CurlingError]) -> None:
-    assert kind is errors.CurlingError or kind in sentence.registry
+    assert kind is errors.CurlingError or has_words(kind)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -84,9 +84,34 @@ def test_foreign_words_with_stops_and_newlines_fit_into_a_sentence() -> None:
     assert sentence(error).text == "QEMU refused migrate: State blocked by 'ivshmem' (GenericError)."
 
 
-def test_the_last_line_the_standby_printed_is_in_the_text() -> None:
-    error = errors.StandbyFailed("it exited with status 1", "warning: a\nqemu: could not open x.img\n\n")
-    assert sentence(error).text.endswith("it exited with status 1; it printed: qemu: could not open x.img.")
+def test_the_last_lines_the_standby_printed_are_in_the_text() -> None:
+    error = errors.StandbyFailed("it exited with status 1", "one\ntwo\nqemu: warning.\n\nqemu: no x.img\n\n")
+    assert sentence(error).text.endswith(
+        "it exited with status 1; it printed: two / qemu: warning / qemu: no x.img."
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "remedy"),
+    [
+        (
+            errors.WrongRole("db1", "failover", "primary"),
+            "this host is primary for db1",
+            "on the VM's backup",
+        ),
+        (errors.WrongRole("db1", "protect", "none"), "this host has no role for db1", "where the VM runs"),
+        (
+            errors.WrongRole("db1", "being its backup", "primary"),
+            "does not go with being its backup",
+            "on both hosts",
+        ),
+    ],
+)
+def test_the_wrong_host_is_told_which_is_the_right_one(
+    error: errors.WrongRole, text: str, remedy: str
+) -> None:
+    assert text in sentence(error).text
+    assert remedy in sentence(error).remedy
 
 
 def test_the_remedy_for_a_writable_disk_names_the_keys() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -126,7 +128,5 @@ def test_a_written_size_reads_back_as_nearly_the_same(size: int) -> None:
 @given(st.text(max_size=30))
 def test_any_text_is_a_value_or_a_value_error(text: str) -> None:
     for parse in (parse_duration, parse_size):
-        try:
+        with contextlib.suppress(ValueError):
             assert parse(text) >= 0
-        except ValueError as error:
-            assert str(error)

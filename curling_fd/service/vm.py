@@ -1,0 +1,63 @@
+"""One VM of this host, with everything that can be asked of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from curling_fd.failover.states import State
+from curling_fd.link.transport import FrameLink, Received
+from curling_fd.service.config import VmConfig
+from curling_fd.service.follower import Follower
+from curling_fd.service.host import Host
+from curling_fd.service.protector import Protector
+from curling_fd.service.record import VmRecord
+
+
+class Vm:
+    """A VM: protected from here, or backed up here. Its verbs are those of `curlingctl`."""
+
+    def __init__(self, config: VmConfig, host: Host) -> None:
+        self.record = VmRecord(config, host)
+        self._protector = Protector(self.record)
+        self._follower = Follower(self.record, self._protector)
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    def show(self) -> dict[str, Any]:
+        """The VM as the control interface shows it."""
+        return self.record.show()
+
+    def start(self) -> None:
+        """The daemon starts: take up what was wanted."""
+        wanted = self.record.wanted or self.record.config.autostart
+        if wanted and self.record.state is not State.FENCED:
+            self._protector.start()
+
+    async def protect(self) -> None:
+        await self._protector.protect()
+
+    async def unprotect(self) -> None:
+        await self._protector.unprotect()
+
+    async def switch(self) -> None:
+        await self._protector.switch()
+
+    async def pause(self) -> None:
+        await self._protector.pause()
+
+    async def resume(self) -> None:
+        await self._protector.resume()
+
+    async def failover(self, force: bool) -> None:
+        await self._follower.failover(force)
+
+    async def follow(self, link: FrameLink, hello: Received) -> None:
+        """Be the backup for the primary that said `hello`."""
+        await self._follower.follow(link, hello)
+
+    async def stop(self) -> None:
+        """The daemon stops: every guest that runs here goes on running."""
+        await self._protector.stop()
+        await self._follower.stop()
