@@ -40,13 +40,11 @@ async def confirmed(context: Context, client: Client, question: str, consequence
     vm: dict[str, Any] = (await context.ask(client, "Show", {"name": context.args.name}))["vm"]
     name = vm["name"]
     if context.args.confirm is None:
-        print(
-            words.clean(_question(vm, question.format(name=name), consequence)),
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
         try:
+            print(
+                words.clean(_question(vm, question.format(name=name), consequence)), end="", file=sys.stderr
+            )
+            sys.stderr.flush()
             answer = sys.stdin.readline().strip()
         except KeyboardInterrupt:
             failure = Failure("Interrupted", "Interrupted; nothing was changed.", "", ExitCode.INTERRUPTED)

@@ -83,11 +83,12 @@ def main(argv: list[str]) -> None:
         comm.write("curling-guard")
 
     def act() -> None:
+        # Before the deed: a daemon that wakes up meanwhile must not believe that nothing happened.
+        page[ACTED] += 1
         if kind == "write":
             write_will(target, os.fsencode(argv[6]))
         else:
             kill(target)
-        page[ACTED] += 1
 
     page[READY] = 1
     os.write(control, b"R")

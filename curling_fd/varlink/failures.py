@@ -56,14 +56,23 @@ def error_from(reply: Reply) -> CurlingError:
     facts = reply.parameters.get("facts")
     if interface != CONTROL or name not in _CLASSES or not isinstance(facts, Mapping):
         return unknown
-    try:
-        error = _CLASSES[name](
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
-        )
-        sentence(error)  # facts of the wrong type show here, not where somebody prints the error
-    except (TypeError, ValueError, AttributeError):
+    fields = {field.name: str(field.type) for field in getattr(_CLASSES[name], "__attrs_attrs__", ())}
+    if set(facts) != set(fields) or not all(_fits(facts[key], kind) for key, kind in fields.items()):
         return unknown
-    return error
+    return _CLASSES[name](
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
+    )
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a JSON value can be a fact whose annotation is `kind`."""
+    if value is None:
+        return "None" in kind
+    if isinstance(value, list):
+        return kind == "tuple[str, ...]" and all(isinstance(element, str) for element in value)
+    if isinstance(value, str):
+        return kind.startswith("str")
+    return isinstance(value, int | float) and kind in ("int", "float")
 
 
 def _reply(name: str, words: Sentence, facts: Mapping[str, Any]) -> Reply:

@@ -126,9 +126,10 @@ async def test_a_qemu_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Pa
 @pytest.mark.qemu
 async def test_a_vm_of_a_root_folder_is_our_child_and_looks_like_any_qemu(unstable_qemu: Executable) -> None:
     async with LabVm(qemu=unstable_qemu, guest=BootSectorGuest()) as vm:
-        words = Path(f"/proc/{vm.pid}/cmdline").read_bytes().split(b"\0")
-        assert words[0].endswith(b"/qemu-system-x86_64")
-        assert Path(f"/proc/{vm.pid}/exe").readlink() == Path(os.fsdecode(words[0]))
+        process = trio.Path(f"/proc/{vm.pid}")
+        program = os.fsdecode((await (process / "cmdline").read_bytes()).split(b"\0")[0])
+        assert program.endswith("/qemu-system-x86_64")
+        assert str(await (process / "exe").readlink()) == program
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(vm.qmp))
             peer = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -211,10 +212,10 @@ def test_a_terminated_program_cleans_up_its_hosts() -> None:
 
 def test_a_killed_program_is_cleaned_up_after_by_the_next() -> None:
     program = (
-        "import os, signal\n"
+        "import os, signal, subprocess\n"
         "from tests.lab.hosts import two_hosts\n"
         "with two_hosts() as hosts:\n"
-        "    hosts[0].popen(['sleep', '1000'])\n"
+        "    hosts[0].popen(['sleep', '1000'], stdout=subprocess.DEVNULL)\n"
         "    print(hosts[0].namespace, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )

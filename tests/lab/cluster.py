@@ -157,7 +157,8 @@ async def cluster(hosts: tuple[Host, Host], **settings: Any) -> AsyncIterator[tu
     """A started node on each of `hosts`. VMs are configured by the caller, who then restarts nothing: files
     of VMs are read at start, so they are written by `configure_vm` before `start_all`."""
     nodes = tuple(
-        Node(host.name, host.directory / "curling", host.address, host=host, settings=settings) for host in hosts
+        Node(host.name, host.directory / "curling", host.address, host=host, settings=settings)
+        for host in hosts
     )
     for node in nodes:
         node.directory.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -88,7 +89,7 @@ class LabVm:
             start = self.host.popen if self.host else subprocess.Popen
             self._process = start(self.argv, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr)
         try:
-            await self._wait_for_sockets()
+            await self._wait_for_greeting()
         except BaseException:
             self._clean_up()
             raise
@@ -152,12 +153,15 @@ class LabVm:
             arguments += ["-device", device]
         return arguments
 
-    async def _wait_for_sockets(self) -> None:
-        # QEMU makes them in the order of the command line: when the last is there, the others listen.
-        while not self.operator.exists():
-            if not self.running():
-                raise RuntimeError(f"QEMU did not start: {' '.join(self.argv)}\n{self.stderr()}")
+    async def _wait_for_greeting(self) -> None:
+        """A monitor greets when the machine is complete; its socket is there before that."""
+        while self.running():
+            with contextlib.suppress(OSError, trio.BrokenResourceError):
+                async with await trio.open_unix_socket(str(self.operator)) as monitor:
+                    if await monitor.receive_some():
+                        return
             await trio.sleep(0.005)
+        raise RuntimeError(f"QEMU did not start: {' '.join(self.argv)}\n{self.stderr()}")
 
     def _clean_up(self) -> None:
         self._process.kill()

@@ -15,6 +15,11 @@ CLASSES = [
 ]
 
 
+def test_every_fact_is_of_a_type_that_crosses_the_control_socket() -> None:
+    types = {str(field.type) for kind in CLASSES if attrs.has(kind) for field in attrs.fields(kind)}
+    assert types <= {"str", "str | None", "int", "float", "tuple[str, ...]"}
+
+
 def example(kind: type[errors.CurlingError]) -> errors.CurlingError:
     """An error of that class whose text facts are all different words."""
     facts: dict[str, object] = {}
@@ -137,7 +142,15 @@ def test_an_error_of_a_newer_service_speaks_for_itself() -> None:
 
 @pytest.mark.parametrize(
     "facts",
-    [{"name": "a"}, {"name": "a", "matches": 3}, {"name": "a", "matches": ["b"], "more": 1}, [], None],
+    [
+        {"name": "a"},
+        {"name": "a", "matches": 3},
+        {"name": "a", "matches": "b"},
+        {"name": None, "matches": []},
+        {"name": "a", "matches": ["b"], "more": 1},
+        [],
+        None,
+    ],
 )
 def test_a_known_error_with_facts_that_do_not_fit_keeps_the_words_it_came_with(facts: object) -> None:
     reply = Reply(
