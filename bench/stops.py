@@ -102,8 +102,8 @@ async def primary(qemu: Executable, memory: str = "512M") -> AsyncIterator[Bench
             yield Bench(vm, qmp, (await examine(qmp, "incremental", [])).choice, qemu)
 
 
-async def record(events: EventStream, count: int) -> list[float]:
-    """The next `count` stops, in milliseconds, after the warm-up."""
+async def record(events: EventStream, count: int, warm_up: int = WARM_UP) -> list[float]:
+    """The next `count` stops, in milliseconds, after `warm_up` that do not count."""
     stops: list[float] = []
     stopped: int | None = None
     async for event in events:
@@ -114,8 +114,8 @@ async def record(events: EventStream, count: int) -> list[float]:
         elif event.name == "RESUME" and stopped is not None:
             stops.append((event.timestamp_us - stopped) / 1000)
             stopped = None
-            if len(stops) == WARM_UP + count:
-                return stops[WARM_UP:]
+            if len(stops) == warm_up + count:
+                return stops[warm_up:]
     raise RuntimeError("QEMU went away")
 
 

@@ -6,7 +6,7 @@ import trio
 
 from curling_fd.capture.settings import capabilities, set_capabilities
 from curling_fd.errors import CheckpointTimeout
-from curling_fd.qmp.client import QmpClient
+from curling_fd.qmp.client import EventStream, QmpClient
 
 #: Seconds for QEMU to end what was under way.
 _TIMEOUT = 10.0
@@ -30,13 +30,16 @@ async def recover(qmp: QmpClient) -> None:
                 await qmp.execute("x-colo-lost-heartbeat", out_of_band=True)
             elif status in _UNDER_WAY:
                 await qmp.execute("migrate_cancel")
-            while (await qmp.execute("query-migrate")).get("status") in _UNDER_WAY:
-                async for event in events:
-                    if event.name == "MIGRATION":
-                        break
-                else:
-                    return  # QEMU is gone; whoever uses the monitor next is told
+            await until_no_migration(qmp, events)
     if scope.cancelled_caught:
         raise CheckpointTimeout(_TIMEOUT, "QEMU to end an earlier migration")
     known = await capabilities(qmp)
     await set_capabilities(qmp, {name: False for name in _OURS if known.get(name)})
+
+
+async def until_no_migration(qmp: QmpClient, events: EventStream) -> None:
+    """Wait until no migration is under way. `events` was opened before what ends it was ordered."""
+    while (await qmp.execute("query-migrate")).get("status") in _UNDER_WAY:
+        async for event in events:
+            if event.name == "MIGRATION":
+                break

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 
 import trio
@@ -56,6 +56,9 @@ _FINISH = 10.0
 
 #: Pause between two `cont` while QEMU finishes the migration, in seconds.
 _AGAIN = 0.001
+
+#: The will of a daemon that dies while a migration has the guest stopped.
+_CONTINUE = b'{"execute":"cont","id":"curling-guard"}\r\n'
 
 _ZERO = bytes(PAGE_SIZE)
 
@@ -127,9 +130,7 @@ class WholeEngine:
 
         async def receive(sock: socket.socket) -> None:
             nonlocal description
-            intake = PassIntake(
-                self.name, sock, sink, ends_with_socket=True, observe=self._image.observe
-            )
+            intake = PassIntake(self.name, sock, sink, ends_with_socket=True, observe=self._image.observe)
             description = await intake.run()
 
         await self._migrate(receive, resume=True)
@@ -165,7 +166,7 @@ class WholeEngine:
 
     async def _migrate(
         self,
-        receive: Callable[[socket.socket], object],
+        receive: Callable[[socket.socket], Awaitable[None]],
         *,
         resume: bool,
         on_boundary: Callable[[], None] | None = None,
@@ -270,9 +271,8 @@ async def open_whole(name: str, qmp: QmpClient, options: EngineOptions) -> Async
     Should this process die while a migration has the guest stopped, a guard process lets it go on.
     """
     async with migration_settings(qmp, {"events": True, "background-snapshot": name == "snapshot"}):
-        payload = b'{"execute":"cont","id":"curling-guard"}\r\n'
-        deadline_ms = int(options.stop_limit * 1000 + _SILENCE * 1000)
-        guard = Guard.start_write(qmp.fileno(), payload, deadline_ms=deadline_ms)
+        deadline_ms = int((options.stop_limit + _SILENCE) * 1000)
+        guard = Guard.start_write(qmp.fileno(), _CONTINUE, deadline_ms)
         engine = WholeEngine(name, qmp, options, guard)
         try:
             yield engine
@@ -288,7 +288,12 @@ async def _end(qmp: QmpClient, engine: WholeEngine) -> None:
     try:
         with trio.move_on_after(_FINISH), qmp.events() as events:
             await qmp.execute("migrate_cancel")
-            if (await qmp.execute("query-migrate")).get("status") in ("active", "setup", "device", "cancelling"):
+            if (await qmp.execute("query-migrate")).get("status") in (
+                "active",
+                "setup",
+                "device",
+                "cancelling",
+            ):
                 async for event in events:
                     if event.data.get("status") in ("completed", "failed", "cancelled"):
                         break

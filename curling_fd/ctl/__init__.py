@@ -1,0 +1,1 @@
+"""curlingctl, the tool of the administrator."""

@@ -61,7 +61,13 @@ def state(vm: Mapping[str, Any]) -> str:
 
 def statistic(vm: Mapping[str, Any], name: str) -> Any:
     """One of the statistics, None when there are none."""
-    return (vm.get("statistics") or {}).get(name)
+    return _numbers(vm).get(name)
+
+
+def _numbers(vm: Mapping[str, Any]) -> Mapping[str, Any]:
+    # Before the first checkpoint there is nothing to tell: zeros would look like a very good VM.
+    numbers: Mapping[str, Any] = vm.get("statistics") or {}
+    return numbers if numbers.get("checkpoints") or numbers.get("committed") else {}
 
 
 def milliseconds(value: float | None) -> str:
@@ -174,20 +180,20 @@ def percent(done: int, total: int) -> int:
 
 def details(vm: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A VM as the lines of `show`."""
+    version, accelerator = vm.get("qemu_version"), vm.get("accelerator")
     rows = [
         ("role", word(vm.get("role"))),
         ("state", state(vm)),
         ("reason", word(vm.get("reason"))),
         ("engine", with_reason(vm.get("engine"), vm.get("engine_reason"))),
-        ("QEMU", f"{word(vm.get('qemu_version'))}, accelerator {word(vm.get('accelerator'))}"),
+        ("QEMU", f"{word(version)}, accelerator {word(accelerator)}" if version or accelerator else NOTHING),
         ("peer", word(vm.get("peer"))),
         ("generation", f"{word(vm.get('generation'))}, arbiter {word(vm.get('arbiter'))}"),
-        ("memory", size(vm.get("ram_bytes"))),
+        ("memory", size(vm.get("ram_bytes") or None)),
     ]
     if made := progress(vm):
         rows.append(("progress", made))
-    numbers = vm.get("statistics")
-    if numbers:
+    if numbers := _numbers(vm):
         rows += [
             (
                 "checkpoints",
@@ -203,7 +209,7 @@ def details(vm: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("pages", f"{count(numbers.get('pages_last'))} last, {count(numbers.get('pages_p50'))} median"),
             ("sent", f"{size(numbers.get('bytes_last'))} last, {size(numbers.get('bytes_total'))} in all"),
             ("lag", milliseconds(numbers.get("lag_ms"))),
-            ("first pass", milliseconds(numbers.get("first_pass_ms"))),
+            ("first pass", milliseconds(numbers.get("first_pass_ms") or None)),
         ]
         if numbers.get("failover_ms") is not None:
             rows.append(

@@ -12,12 +12,15 @@ import os
 import re
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import trio
 
 from curling_fd.errors import ArbiterLost, ArbiterUnavailable
+
+T = TypeVar("T")
 
 #: A directory on shared storage that does not answer within this many seconds gives no right to anybody.
 FILE_TIMEOUT = 5.0
@@ -88,7 +91,7 @@ class FileArbiter:
     async def remove_token(self, name: str) -> None:
         await self._in_time(lambda: (self._directory / Path(name).name).unlink(missing_ok=True))
 
-    async def _in_time(self, function, *args):  # type: ignore[no-untyped-def]
+    async def _in_time(self, function: Callable[..., T], *args: Any) -> T:
         """Run blocking `function` in a thread; a hung file system costs the thread, not the daemon."""
         try:
             with trio.fail_after(FILE_TIMEOUT):

@@ -136,9 +136,7 @@ TABLE: dict[tuple[State, Event], State] = {
 }
 
 #: The VM runs on this host, or may.
-RUNS = frozenset(
-    {S.CONNECTING, S.SYNCING, S.PROTECTED, S.HOLDING, S.UNPROTECTED, S.TAKING_OVER, S.ACTIVE}
-)
+RUNS = frozenset({S.CONNECTING, S.SYNCING, S.PROTECTED, S.HOLDING, S.UNPROTECTED, S.TAKING_OVER, S.ACTIVE})
 
 #: The replica is a committed checkpoint and a failover from it is allowed once the right is won.
 REPLICA_VALID = frozenset({S.STANDBY, S.SUSPECT, S.TAKING_OVER})

@@ -20,7 +20,14 @@ from typing import Any, TypeAlias
 
 import trio
 
-from curling_fd.errors import QmpBusy, QmpCommandFailed, QmpDisconnected, QmpNotQmp, QmpTimeout, QmpUnreachable
+from curling_fd.errors import (
+    QmpBusy,
+    QmpCommandFailed,
+    QmpDisconnected,
+    QmpNotQmp,
+    QmpTimeout,
+    QmpUnreachable,
+)
 from curling_fd.qmp.protocol import (
     Decoder,
     Error,
@@ -93,9 +100,7 @@ class QmpClient:
         self._waiting[id] = send
         try:
             with trio.move_on_after(timeout):
-                data = encode_command(
-                    command, arguments, id, out_of_band=out_of_band and self._out_of_band
-                )
+                data = encode_command(command, arguments, id, out_of_band=out_of_band and self._out_of_band)
                 await self._send(command, data, fds)
                 try:
                     answer = await receive.receive()

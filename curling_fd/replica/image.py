@@ -117,7 +117,7 @@ class Replica:
         self._device = staged.device
         self.committed = staged.sequence
 
-    def restore(self) -> Iterator[bytes | memoryview]:
+    def restore(self) -> Iterator[bytes | bytearray | memoryview]:
         """The stream that makes a standby, which maps the images, continue from the replica."""
         assert self._layout is not None and self._configuration is not None, "nothing committed"
         sizes = {block.name: block.size for block in self._layout.blocks}
@@ -149,9 +149,7 @@ class Replica:
         for name, (expected, _) in self._mapped.items():
             if by_name.get(name) != expected:
                 found = by_name[name].size if name in by_name else "no such block"
-                raise FrameError(
-                    f"the standby has {expected.size} bytes of `{name}`, the primary: {found}"
-                )
+                raise FrameError(f"the standby has {expected.size} bytes of `{name}`, the primary: {found}")
         small = [block for block in blocks if block.name not in self._mapped]
         if sum(block.size for block in small) > SMALL_BLOCKS_LIMIT:
             raise FrameError("the VM's smaller RAM blocks are larger than all a VM has")

@@ -197,7 +197,7 @@ class BackupSession:
 
 def definition_problem(content: dict[str, Any]) -> str | None:
     """What is wrong with the content of a DEFINE frame, or None."""
-    wanted = {"argv": list, "directory": str, "machine": str, "version": list, "memory": list}
+    wanted = {"argv": list, "machine": str, "version": list, "memory": list}
     for key, kind in wanted.items():
         if not isinstance(content.get(key), kind):
             return f"its `{key}` is missing or of another type"

@@ -138,9 +138,9 @@ class VmConfig:
     qmp: str | None = key(
         AbsolutePath(socket=True),
         None,
-        "The QMP socket of the VM on this host, one that nothing else uses (`-qmp "
-        "unix:PATH,server=on,wait=off`). Needed to protect the VM from this host; without it the host can "
-        "only be the VM's backup.",
+        "The QMP socket of the VM on this host, one that nothing else uses "
+        "(`-qmp unix:PATH,server=on,wait=off`). Needed to protect the VM from this host; without it the host "
+        "can only be the VM's backup.",
     )
     peer: Address | None = key(  # noqa: RUF009
         HostPort(), None, "The curlingd of the other host (its `listen`). Needed with qmp."
@@ -186,9 +186,7 @@ class VmConfig:
         [],
         "Writable disks whose content may be lost in a failover, like swap or caches.",
     )
-    autostart: bool = key(
-        Flag(), False, "Protect the VM when the daemon starts, and again when its QEMU comes back."
-    )
+    autostart: bool = key(Flag(), False, "Protect the VM by itself when the daemon starts.")
     standby: StandbyConfig = attrs.field(factory=StandbyConfig, metadata={"table": StandbyConfig})
 
 
@@ -396,8 +394,8 @@ All files are TOML.
 | file | what it is |
 | --- | --- |
 | `/etc/curling/curlingd.toml` | the daemon; everything has a default, so it may be absent |
-| `/etc/curling/curlingd.toml.d/*.toml` | drop-ins, read in the order of their names; what a later one sets
-counts | | `/etc/curling/vms/NAME.toml` | the VM called NAME: 1 to 64 letters, digits, `.`, `_`, `-` |
+| `/etc/curling/curlingd.toml.d/*.toml` | drop-ins in the order of their names; what a later one sets counts |
+| `/etc/curling/vms/NAME.toml` | the VM called NAME: 1 to 64 letters, digits, `.`, `_`, `-` |
 
 `curlingctl check-config` reads them as the daemon would and tells everything that is wrong. An unknown key is
 an error. Durations are text with a unit: `us`, `ms`, `s`, `min`, `h`. Sizes are text with a unit, `B`, `KiB`,
@@ -412,7 +410,8 @@ peer = "host-b.example.org:9271"
 scratch_disks = ["swap0"]
 ```
 
-On the backup a file is needed only for what differs from the defaults, and for the way back after a failover:
+The backup needs a file of the same name. It may be empty, or say what differs there and how to come back
+after a failover:
 
 ```toml
 # /etc/curling/vms/db1.toml

@@ -86,7 +86,7 @@ class Daemon:
                 for vm in self._vms.values():
                     stopping.start_soon(vm.stop)
             nursery.cancel_scope.cancel()
-        if not systemd.activated("control"):
+        if not systemd.is_activated("control"):
             Path(config.control_socket).unlink(missing_ok=True)
 
     def _control_listener(self) -> trio.SocketListener:

@@ -10,7 +10,7 @@ from pathlib import Path
 import trio
 from attrs import frozen
 
-from curling_fd.errors import CurlingError, MachineMismatch
+from curling_fd.errors import CurlingError, StandbyFailed
 from curling_fd.failover.arbiter import FileArbiter
 from curling_fd.failover.states import State, role
 from curling_fd.qmp.client import open_qmp
@@ -94,8 +94,7 @@ async def _examine_vm(host: Host, vm: Vm) -> AsyncIterator[Check]:
     if record.qmp is None:
         binary = config.standby.qemu
         if binary is not None and not os.access(binary, os.X_OK):
-            error = MachineMismatch("QEMU", "installed", f"{binary} cannot be run")
-            yield _failed("standby", name, error)
+            yield _failed("standby", name, StandbyFailed(f"{binary} cannot be run"))
         else:
             yield Check("role", name, "ok", "this host waits to be the backup")
         return

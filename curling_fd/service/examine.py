@@ -31,14 +31,13 @@ class Examined:
     Attributes:
         memory: the memory backends: names and sizes of the RAM blocks the standby maps.
         machine: the resolved machine type, such as `pc-i440fx-7.2`.
-        argv, directory: command line and working directory of the primary's QEMU.
+        argv: command line of the primary's QEMU.
     """
 
     choice: Choice
     memory: tuple[Block, ...]
     machine: str
     argv: tuple[str, ...]
-    directory: str
 
 
 async def examine(
@@ -76,8 +75,7 @@ async def examine(
     backends = await qmp.execute("query-memdev")
     memory = tuple(Block(entry["id"], entry["size"]) for entry in backends if "id" in entry)
     machine = await qmp.execute("qom-get", {"path": "/machine", "property": "type"})
-    argv, directory = _command_line(qmp.pid)
-    return Examined(choice, memory, str(machine).removesuffix("-machine"), argv, directory)
+    return Examined(choice, memory, str(machine).removesuffix("-machine"), _command_line(qmp.pid))
 
 
 def _writable(blocks: list[dict[str, Any]], allowed: Collection[str]) -> tuple[str, ...]:
@@ -112,13 +110,12 @@ async def _try_background_snapshot(qmp: QmpClient, known: dict[str, bool]) -> st
     return None
 
 
-def _command_line(pid: int) -> tuple[tuple[str, ...], str]:
+def _command_line(pid: int) -> tuple[str, ...]:
     try:
         raw = Path(f"/proc/{pid}/cmdline").read_bytes()
-        directory = str(Path(f"/proc/{pid}/cwd").readlink())
     except OSError as error:
         raise StandbyFailed(f"the command line of process {pid} cannot be read: {error.strerror}") from None
     argv = tuple(part.decode("utf-8", "surrogateescape") for part in raw.split(b"\0")[:-1])
     if not any("qemu" in part for part in argv[:3]):
         raise StandbyFailed(f"process {pid}, which opened the QMP socket, is not QEMU: {argv[0]}")
-    return argv, directory
+    return argv

@@ -1,7 +1,7 @@
 """The backup's side of a VM: take a primary's offer, follow it, and take the VM over when it is right.
 
-Losing the primary gives no right to run its VM. With an arbiter that can say no, silence leads to a question to
-it; a link that was closed by the other side's kernel does not even do that, for then the host over there is
+Losing the primary gives no right to run its VM. With an arbiter that can say no, silence leads to a question
+to it; a link that was closed by the other side's kernel does not even do that, for then the host over there is
 alive and its guest may well run: a daemon that died comes back, and finds us waiting.
 """
 
@@ -115,12 +115,12 @@ class Follower:
         """Get into a state in which an offer can be taken.
 
         Raises:
-            StaleGeneration, WrongRole: it cannot.
+            StaleGeneration, WrongRole, HostsDisagree: it cannot.
         """
         record = self._record
         theirs, host = hello.header.generation, hello.content.get("host")
         if host == record.host.name:
-            raise WrongRole(record.name, f"being the backup of a host of the same name ({host})", "host")
+            raise HostsDisagree(f"both are called {host}")
         if self._session is not None:
             # The primary came back before we noticed that it had gone.
             self._session.interrupt("the primary connected anew")

@@ -72,7 +72,6 @@ async def define(
     """
     content: dict[str, Any] = {
         "argv": list(examined.argv),
-        "directory": examined.directory,
         "machine": examined.machine,
         "version": list(examined.choice.version),
         "memory": [[block.name, block.size] for block in examined.memory],

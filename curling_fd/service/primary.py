@@ -247,9 +247,11 @@ class PrimarySession:
                 boundary = trio.current_time()
                 captured = await self._capture(buffer, resume=not last)
             self._counters.captured(captured.pages, captured.ram + captured.device)
+            self._flights.append((self._sequence, captured))
             await channel.send((self._sequence, captured))
             if last:
-                await self._until(lambda: not self._flights and not channel.statistics().tasks_waiting_send)
+                while self._flights:
+                    await self._stirred.wait()
                 return
 
     async def _capture(self, buffer: Buffer, *, resume: bool) -> Captured:
@@ -286,13 +288,8 @@ class PrimarySession:
         await self._end.wait()
         raise Unprotected(self._end_reason)
 
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            await self._stirred.wait()
-
     async def _ship_all(self, channel: trio.MemoryReceiveChannel[tuple[int, Captured]]) -> None:
         async for sequence, captured in channel:
-            self._flights.append((sequence, captured))
             head = CheckpointHead(captured.ram, captured.device, 0, captured.boundary_us)
             header = Header(Kind.CHECKPOINT, self._generation, sequence, head.payload_size)
             length = captured.ram + captured.device
@@ -366,5 +363,7 @@ def refusal(received: Received) -> LinkError:
     """The error in a REFUSE frame."""
     content = received.content
     return PeerRefused(
-        str(content.get("kind", "")), str(content.get("text", "no reason given")), str(content.get("remedy", ""))
+        str(content.get("kind", "")),
+        str(content.get("text", "no reason given")),
+        str(content.get("remedy", "")),
     )

@@ -129,21 +129,19 @@ class Protector:
             CurlingError: the backup could not; the VM runs on here.
         """
         record = self._record
-        if record.state is not State.PROTECTED or self._session is None:
-            raise NotProtected(record.name, record.state.value)
+        session = self._protected_session()
         self._outcome = None
         record.advance(Event.SWITCH, "by an operator")
-        self._session.switch()
-        while record.state is State.SWITCHING:
-            await record.changed.park()
+        session.switch()
+        await record.left(State.SWITCHING)
         if record.state is not State.IDLE:
             raise self._outcome or NotProtected(record.name, record.state.value)
 
     async def pause(self) -> None:
-        await self._protected_session("pause").pause()
+        await self._protected_session().pause()
 
     async def resume(self) -> None:
-        await self._protected_session("resume").resume()
+        await self._protected_session().resume()
 
     async def stop(self) -> None:
         """The daemon ends: leave the guest running, and remember that protection is wanted."""
@@ -163,7 +161,7 @@ class Protector:
         record.remember(generation=generation)
         await self._fence(Event.STALE, f"{host} runs the VM, at generation {generation}", generation)
 
-    def _protected_session(self, verb: str) -> PrimarySession:
+    def _protected_session(self) -> PrimarySession:
         if self._session is None or self._record.state is not State.PROTECTED:
             raise NotProtected(self._record.name, self._record.state.value)
         return self._session
@@ -316,9 +314,7 @@ class Protector:
         if record.arbiter.automatic:
             highest = await record.arbiter.generation(record.name)
             if max(highest, generation) > record.generation or not highest:
-                generation = await record.arbiter.swap(
-                    record.name, max(highest, generation), incumbent=True
-                )
+                generation = await record.arbiter.swap(record.name, max(highest, generation), incumbent=True)
         if generation != record.generation:
             record.remember(generation=generation)
 
@@ -328,7 +324,7 @@ class Protector:
         record, config = self._record, self._record.config
         pace = Pace(config.shortest_epoch, config.longest_epoch)
         engine_options = EngineOptions(max(1, int(config.shortest_epoch * 1000)), STOP_LIMIT)
-        record.counters = Counters()
+        record.counters = Counters(record.counters)
         async with open_engine(qmp, examined.choice, engine_options) as engine:
             session = PrimarySession(
                 qmp,
@@ -392,10 +388,11 @@ class Protector:
         except LinkError as error:
             self._outcome = error
             record.advance(Event.LINK_LOST, f"the handover is in doubt: {text(error)}")
-            generation = await self._resolve_doubt()
-            if generation is None:
+            taken = await self._resolve_doubt()
+            if taken is None:
                 record.advance(Event.WON, "the backup did not take the VM")
                 raise
+            generation = taken
         record.remember(generation=generation, wanted=False, qmp=None)
         await quit_qemu(qmp)
         if record.state is State.HOLDING:

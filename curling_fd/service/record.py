@@ -89,7 +89,13 @@ class VmRecord:
         message = f"{before} -> {self.state}" + (f": {reason}" if reason else "")
         level = _LOUD.get(event, logging.INFO)
         self.host.journal.add(
-            self.name, event, message, level=level, state=self.state.value, generation=self.generation, **fields
+            self.name,
+            event,
+            message,
+            level=level,
+            state=self.state.value,
+            generation=self.generation,
+            **fields,
         )
         self.stir()
 
@@ -107,6 +113,11 @@ class VmRecord:
     def stir(self) -> None:
         """Something shown changed."""
         self.changed.unpark_all()
+
+    async def left(self, state: State) -> None:
+        """Wait until the VM is in another state than `state`."""
+        while self.state is state:
+            await self.changed.park()
 
     def show(self) -> dict[str, Any]:
         """The VM as the control interface's type `Vm`."""
@@ -131,9 +142,7 @@ class VmRecord:
                 if progress
                 else None
             ),
-            "statistics": {
-                name: getattr(statistics, name) for name in type(statistics).__annotations__
-            },
+            "statistics": {name: getattr(statistics, name) for name in type(statistics).__annotations__},
         }
 
 

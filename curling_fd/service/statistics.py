@@ -32,15 +32,19 @@ class Statistics:
 
 
 class Counters:
-    """Collects what `Statistics` shows. Times are trio's clock, in seconds."""
+    """Collects what `Statistics` shows. Times are trio's clock, in seconds.
 
-    def __init__(self) -> None:
+    Args:
+        before: of the session before; what is known of the last failover is taken over from it.
+    """
+
+    def __init__(self, before: Counters | None = None) -> None:
         self.checkpoints = 0
         self.committed = 0
         self.bytes_total = 0
         self.first_pass_ms = 0.0
-        self.detection_ms: float | None = None
-        self.failover_ms: float | None = None
+        self.detection_ms = before.detection_ms if before else None
+        self.failover_ms = before.failover_ms if before else None
         self._committed_at = 0.0
         self._commits: deque[float] = deque(maxlen=WINDOW)
         self._stops: deque[float] = deque(maxlen=WINDOW)

@@ -29,7 +29,7 @@ class Remembered:
 
 
 class Store:
-    """Files `NAME.json` in `directory`, replaced atomically and synced: a generation must not be forgotten."""
+    """Files `NAME.json` in `directory`, replaced atomically and synced: no generation is forgotten."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._directory = Path(directory)

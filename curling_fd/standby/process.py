@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Self
 
 import trio
 
 from curling_fd.errors import StandbyFailed
-from curling_fd.system.guard import Guard
+from curling_fd.system.guard import Guard, GuardFailed
 
 #: Bytes of what QEMU printed that are kept for people.
 STDERR_KEPT = 8192
@@ -21,15 +23,19 @@ START_TIMEOUT = 20.0
 
 _POLL_SECONDS = 0.01
 
+_released: list[subprocess.Popen[bytes]] = []
+"""VMs that live on without us, but are still our children to reap."""
+
 
 class StandbyProcess:
     """A QEMU that waits. Made by `start`; `close` or `release` ends our hold of it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], pidfd: int, stderr: int, guard: Guard) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], stderr: int) -> None:
         self._process = process
-        self._pidfd = pidfd
         self._stderr = stderr
-        self._guard = guard
+        self._tail = b""
+        self._pidfd = os.pidfd_open(process.pid)
+        self._guard: Guard | None = None
         self.released = False
 
     @classmethod
@@ -42,25 +48,28 @@ class StandbyProcess:
         Raises:
             StandbyFailed: it could not be started, or ended at once; with what it printed.
         """
-        # A file without a name: QEMU may print as much as it likes and never waits for us to read it.
-        stderr = os.memfd_create("curling-standby-stderr", os.MFD_CLOEXEC)
+        reap()
+        stderr, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
+            # QEMU's end does not block either: what nobody reads is lost, and no guest ever waits for us.
             process = subprocess.Popen(
                 argv,
                 pass_fds=fds,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=stderr,
+                stderr=writer,
                 start_new_session=True,
             )
         except OSError as error:
             os.close(stderr)
             raise StandbyFailed(f"{argv[0]} cannot be started: {error.strerror}") from None
-        pidfd = os.pidfd_open(process.pid)
-        standby = cls(process, pidfd, stderr, Guard.start_kill(pidfd))
+        finally:
+            os.close(writer)
+        standby = cls(process, stderr)
         try:
+            await standby._guarded()
             with trio.move_on_after(START_TIMEOUT):
-                while not _listens(qmp_path):
+                while not listens(qmp_path):
                     if process.poll() is not None:
                         raise standby._ended()
                     await trio.sleep(_POLL_SECONDS)
@@ -70,42 +79,75 @@ class StandbyProcess:
             standby.close()
             raise
 
+    async def _guarded(self) -> None:
+        _be_an_ordinary_victim(self._process.pid)
+        try:
+            # A thread's work: it takes some 30 ms, and more on a busy host.
+            self._guard = await trio.to_thread.run_sync(Guard.start_kill, self._pidfd)
+        except GuardFailed as error:
+            raise StandbyFailed(f"nobody would end it with curlingd: {error}") from None
+
     @property
     def pid(self) -> int:
+        """QEMU's process id."""
         return self._process.pid
 
     async def wait_failed(self) -> None:
-        """Return never.
+        """Return never; meanwhile keep what QEMU prints. For one task at a time.
 
         Raises:
             StandbyFailed: the process ended.
         """
-        await trio.lowlevel.wait_readable(self._pidfd)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._listen_to_stderr)
+            await trio.lowlevel.wait_readable(self._pidfd)
+            nursery.cancel_scope.cancel()
         raise self._ended()
 
     def stderr_tail(self) -> str:
         """The end of what QEMU printed."""
-        size = os.fstat(self._stderr).st_size
-        start = max(0, size - STDERR_KEPT)
-        return os.pread(self._stderr, STDERR_KEPT, start).decode("utf-8", "replace").strip()
+        self._read_stderr()
+        return self._tail.decode("utf-8", "replace").strip()
 
     def release(self) -> None:
         """It is the active VM: it goes on when this daemon ends."""
         self.released = True
-        self._guard.retire()
+        if self._guard is not None:
+            self._guard.retire()
 
     def close(self) -> None:
-        """End the process, unless it was released, and give up our hold of it."""
+        """End the process, unless it was released, and give up our hold of it. Idempotent."""
         if self._pidfd < 0:
             return
-        if not self.released:
-            self._guard.retire()
-            if self._process.poll() is None:
+        if self.released:
+            _released.append(self._process)
+        else:
+            with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             self._process.wait()
+            if self._guard is not None:
+                self._guard.retire()
+        self._read_stderr()
         pidfd, self._pidfd = self._pidfd, -1
+        stderr, self._stderr = self._stderr, -1
         os.close(pidfd)
-        os.close(self._stderr)
+        os.close(stderr)
+
+    async def _listen_to_stderr(self) -> None:
+        while self._read_stderr():
+            await trio.lowlevel.wait_readable(self._stderr)
+
+    def _read_stderr(self) -> bool:
+        """Take what is there; False once QEMU can print no more."""
+        while self._stderr >= 0:
+            try:
+                data = os.read(self._stderr, 65536)
+            except BlockingIOError:
+                return True
+            if not data:
+                break
+            self._tail = (self._tail + data)[-STDERR_KEPT:]
+        return False
 
     def _ended(self) -> StandbyFailed:
         status = self._process.wait()
@@ -113,7 +155,12 @@ class StandbyProcess:
         return StandbyFailed(how, self.stderr_tail())
 
 
-def _listens(path: str) -> bool:
+def reap() -> None:
+    """Take the exit status of released VMs that have ended, so that no zombie stays."""
+    _released[:] = [process for process in _released if process.poll() is None]
+
+
+def listens(path: str) -> bool:
     """Does the UNIX socket at `path` take connections? Asked without making one: a monitor has one client."""
     if not os.path.exists(path):
         return False
@@ -126,3 +173,11 @@ def _listens(path: str) -> bool:
     return False
 
 
+def _be_an_ordinary_victim(pid: int) -> None:
+    """Undo for QEMU what the unit does for curlingd: when memory is short, a VM is not to be spared.
+
+    Raising the score back to 0 needs no privilege. A QEMU that has ended meanwhile has none.
+    """
+    if int(Path("/proc/self/oom_score_adj").read_text(encoding="ascii")) < 0:
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{pid}/oom_score_adj").write_text("0", encoding="ascii")

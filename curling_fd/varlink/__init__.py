@@ -1,0 +1,1 @@
+"""Varlink: the protocol of the control socket, both ends of it."""

@@ -38,6 +38,10 @@ Bytes: TypeAlias = bytes | bytearray | memoryview
 _SECTION = Struct(">BI")
 _BE32 = Struct(">I")
 _BE64 = Struct(">Q")
+# Plain ints: arithmetic with members of an IntFlag is many times as slow.
+_PAGE = int(RamFlag.PAGE)
+_FILL = int(RamFlag.FILL)
+_CONTINUE = int(RamFlag.CONTINUE)
 _ZERO_PAGE = bytes(PAGE_SIZE)
 _CHUNK = 256 * 1024
 _TAIL = HEADER_SIZE + _SECTION.size
@@ -83,14 +87,14 @@ def _restore(
         if block.name not in small:
             continue
         content = memoryview(small[block.name])
-        flag, name = RamFlag(0), _name(block.name)
+        flag, name = 0, _name(block.name)
         for address in range(0, block.size, PAGE_SIZE):
             page = bytes(content[address : address + PAGE_SIZE]).ljust(PAGE_SIZE, b"\0")
             if page == _ZERO_PAGE:
-                piece += _BE64.pack(address | RamFlag.FILL | flag) + name + b"\0"
+                piece += _BE64.pack(address | _FILL | flag) + name + b"\0"
             else:
-                piece += _BE64.pack(address | RamFlag.PAGE | flag) + name + page
-            flag, name = RamFlag.CONTINUE, b""
+                piece += _BE64.pack(address | _PAGE | flag) + name + page
+            flag, name = _CONTINUE, b""
             if len(piece) >= _CHUNK:
                 yield piece
                 piece = bytearray()
@@ -141,7 +145,7 @@ class RamSectionWriter:
         """
         if len(content) != PAGE_SIZE:
             raise ValueError(f"a page of {len(content)} bytes")
-        data = self._header(block, address, RamFlag.PAGE, PAGE_SIZE)
+        data = self._header(block, address, _PAGE, PAGE_SIZE)
         self.end = data + PAGE_SIZE
         self._buffer[data : self.end] = content
 
@@ -152,7 +156,7 @@ class RamSectionWriter:
             CheckpointTooLarge: the buffer is full; the pages before were added.
         """
         buffer, pack_into = self._buffer, _BE64.pack_into
-        follows = int(RamFlag.PAGE | RamFlag.CONTINUE)
+        follows = _PAGE | _CONTINUE
         for address in addresses:
             if self._last is not block or address & FLAG_MASK:
                 self.page(block, address, image[address : address + PAGE_SIZE])
@@ -171,7 +175,7 @@ class RamSectionWriter:
         Raises:
             CheckpointTooLarge: the buffer is full; nothing was added.
         """
-        data = self._header(block, address, RamFlag.FILL, 1)
+        data = self._header(block, address, _FILL, 1)
         self._buffer[data] = 0
         self.end = data + 1
 
@@ -182,13 +186,13 @@ class RamSectionWriter:
         self.end += _TAIL
         return self.end
 
-    def _header(self, block: Block, address: int, kind: RamFlag, content: int) -> int:
+    def _header(self, block: Block, address: int, kind: int, content: int) -> int:
         if address & FLAG_MASK:
             raise ValueError(f"{address:#x} is not the address of a page")
         buffer, at = self._buffer, self.end
         if block is self._last:
             self._need(HEADER_SIZE + content)
-            _BE64.pack_into(buffer, at, address | kind | RamFlag.CONTINUE)
+            _BE64.pack_into(buffer, at, address | kind | _CONTINUE)
             return at + HEADER_SIZE
         name = _name(block.name)
         self._need(HEADER_SIZE + len(name) + content)

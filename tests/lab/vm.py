@@ -89,7 +89,7 @@ class LabVm:
             start = self.host.popen if self.host else subprocess.Popen
             self._process = start(self.argv, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr)
         try:
-            await self._wait_for_greeting()
+            await self._wait_for_monitor()
         except BaseException:
             self._clean_up()
             raise
@@ -153,13 +153,17 @@ class LabVm:
             arguments += ["-device", device]
         return arguments
 
-    async def _wait_for_greeting(self) -> None:
-        """A monitor greets when the machine is complete; its socket is there before that."""
+    async def _wait_for_monitor(self) -> None:
+        """Return when a monitor obeys: its socket, and even its greeting, is there before the machine is."""
         while self.running():
             with contextlib.suppress(OSError, trio.BrokenResourceError):
                 async with await trio.open_unix_socket(str(self.operator)) as monitor:
-                    if await monitor.receive_some():
-                        return
+                    await monitor.send_all(b'{"execute": "qmp_capabilities"}\n')
+                    received = b""
+                    while chunk := await monitor.receive_some():
+                        received += chunk
+                        if b'"return"' in received:
+                            return
             await trio.sleep(0.005)
         raise RuntimeError(f"QEMU did not start: {' '.join(self.argv)}\n{self.stderr()}")
 

@@ -11,6 +11,7 @@ from curling_fd.ctl import words
 from curling_fd.ctl.exit_codes import _CODES, MEANINGS, ExitCode, exit_code
 from curling_fd.ctl.render import plain_table
 from curling_fd.varlink.protocol import ErrorReply
+from tests.unit.ctl_fake import STATISTICS, vm
 from tests.unit.test_sentences import CLASSES, example
 
 
@@ -69,13 +70,20 @@ def test_a_whole_is_reached_only_when_all_is_done() -> None:
 
 
 @pytest.mark.parametrize(
-    "vm", [{}, {"statistics": None}, {"statistics": {}}, {"progress": {}, "paused": None}]
+    "sent", [{}, {"statistics": None}, {"statistics": {}}, {"progress": {}, "paused": None}]
 )
-def test_a_daemon_of_another_version_may_leave_fields_out(vm: dict[str, Any]) -> None:
-    for row in (words.list_row(vm), words.watch_row(vm)):
+def test_a_daemon_of_another_version_may_leave_fields_out(sent: dict[str, Any]) -> None:
+    for row in (words.list_row(sent), words.watch_row(sent)):
         assert set(row) == {words.NOTHING}
-    assert dict(words.details(vm))["state"] == words.NOTHING
+    assert dict(words.details(sent))["state"] == words.NOTHING
     assert words.event_line({}, 0.0)
+
+
+def test_before_the_first_checkpoint_there_are_no_numbers() -> None:
+    zeros = {**dict.fromkeys(STATISTICS, 0), "detection_ms": None, "failover_ms": None}
+    row = dict(zip(words.LIST_HEADERS, words.list_row(vm("a", statistics=zeros)), strict=True))
+    assert [row[name] for name in ("CKPT/S", "STOP", "LAG")] == [words.NOTHING] * 3
+    assert "lag" not in dict(words.details(vm("a", statistics=zeros)))
 
 
 @pytest.mark.parametrize(
