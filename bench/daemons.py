@@ -13,7 +13,7 @@ from typing import Any
 import trio
 from attrs import field, frozen
 
-from bench.stops import WARM_UP, Bench, Load, Visit, primary, record
+from bench.stops import WARM_UP, Bench, Load, Visit, lose, primary, record
 from curling_fd.qmp.client import open_qmp
 from tests.lab.cluster import Node, start_all
 from tests.lab.roots import Executable
@@ -72,6 +72,7 @@ class Curling:
                 after = await _usage(alpha, beta)
         shown = (await alpha.show(VM))["statistics"]
         await alpha.call("Unprotect", name=VM)
+        await lose(bench.qmp)
         gigabytes = (after["bytes"] - before["bytes"]) / 1e9
         details = {
             "lag_ms": shown["lag_ms"],

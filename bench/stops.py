@@ -148,7 +148,7 @@ class Floor:
                         lines = await trio.to_thread.run_sync(
                             lambda: [process.stdout.readline().split() for _ in range(wanted)]
                         )
-                        await _lose(bench.qmp)
+                        await lose(bench.qmp)
                     finally:
                         process.kill()
         taken = [[float(word) for word in line] for line in lines[WARM_UP:]]
@@ -176,7 +176,7 @@ class Stock:
                     seen = len(bench.vm.stderr())
                     stops = await record(events, count)
                     await _trace(bench.qmp, False)
-                    await _lose(bench.qmp)
+                    await lose(bench.qmp)
         sums = [int(number) for number in _SYNCED.findall(bench.vm.stderr()[seen:])]
         # QEMU adds them up and starts again from nothing about once a second.
         pages = [float(now - before if now > before else now) for before, now in pairwise(sums)]
@@ -230,7 +230,7 @@ class EngineAlone:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(protect)
                     stops += await record(events, count)
-            await _lose(bench.qmp)
+            await lose(bench.qmp)
         finally:
             sink.close()
             buffer.close()
@@ -262,7 +262,7 @@ async def _until_colo(events: EventStream) -> None:
                 raise RuntimeError(f"the migration is {event.data['status']}")
 
 
-async def _lose(qmp: QmpClient) -> None:
+async def lose(qmp: QmpClient) -> None:
     """End the checkpoint loop, and wait until the guest is an ordinary one again."""
     with qmp.events() as events:
         if (await qmp.execute("query-migrate"))["status"] == "colo":

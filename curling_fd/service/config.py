@@ -161,7 +161,7 @@ class VmConfig:
     )
     longest_epoch: float = key(
         Duration(0.001, 60),
-        "500ms",
+        "100ms",
         "The guest never runs longer than this without a checkpoint being asked for.",
     )
     shortest_epoch: float = key(

@@ -150,6 +150,7 @@ class PrimarySession:
         self._capturing = trio.Lock()
         self._stirred = trio.Event()  # replaced at each stir: something the capture waits for changed
         self._switching = False
+        self._capture_began: float | None = None
         self._end = trio.Event()
         self._end_reason = ""
 
@@ -185,6 +186,10 @@ class PrimarySession:
             self._pool.close()
             while self._flights:
                 self._flights.popleft()[1].buffer.close()
+
+    def capturing_for(self) -> float:
+        """Seconds since the checkpoint that is being taken was begun; 0 between checkpoints."""
+        return trio.current_time() - self._capture_began if self._capture_began is not None else 0.0
 
     def switch(self) -> None:
         """Make the next checkpoint the last: the guest stays stopped after it."""
@@ -257,6 +262,7 @@ class PrimarySession:
     async def _capture(self, buffer: Buffer, *, resume: bool) -> Captured:
         """Take the next checkpoint. A pause ordered while QEMU began it is ordered again afterwards."""
         sequence = self._sequence + 1
+        self._capture_began = trio.current_time()
         self.stops.window_opens(time.time_ns() // 1000)
         try:
             captured = await self._engine.checkpoint(
@@ -267,6 +273,7 @@ class PrimarySession:
             raise
         finally:
             self.stops.window_closes(time.time_ns() // 1000)
+            self._capture_began = None
         self._sequence = sequence
         if self.stops.paused and resume:
             await self._qmp.execute("stop")

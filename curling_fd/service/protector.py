@@ -64,6 +64,11 @@ _QUIT_TIMEOUT = 10.0
 STOP_LIMIT = 2.0
 
 
+#: Seconds after which a checkpoint that is still being taken means that this daemon is broken: the slowest
+#: engine gives QEMU 10 s of silence, and 10 s more to finish.
+_STUCK = 30.0
+
+
 class Protector:
     """Protects the VM of `record` whenever that is wanted."""
 
@@ -81,6 +86,11 @@ class Protector:
     @property
     def running(self) -> bool:
         return not self._idle.is_set()
+
+    @property
+    def stuck(self) -> bool:
+        """A checkpoint has been under way for so long that its own limits must have failed."""
+        return self._session is not None and self._session.capturing_for() > _STUCK
 
     async def protect(self) -> None:
         """Start protecting; returns when the backup holds the first whole checkpoint.

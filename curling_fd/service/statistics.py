@@ -43,8 +43,8 @@ class Counters:
         self.committed = 0
         self.bytes_total = 0
         self.first_pass_ms = 0.0
-        self.detection_ms = before.detection_ms if before else None
-        self.failover_ms = before.failover_ms if before else None
+        self.detection_ms: float | None = before.detection_ms if before else None
+        self.failover_ms: float | None = before.failover_ms if before else None
         self._committed_at = 0.0
         self._commits: deque[float] = deque(maxlen=WINDOW)
         self._stops: deque[float] = deque(maxlen=WINDOW)

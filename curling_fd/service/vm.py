@@ -29,6 +29,11 @@ class Vm:
         """The VM as the control interface shows it."""
         return self.record.show()
 
+    @property
+    def stuck(self) -> bool:
+        """See `Protector.stuck`: no more life for systemd's watchdog."""
+        return self._protector.stuck
+
     def start(self) -> None:
         """The daemon starts: take up what was wanted."""
         wanted = self.record.wanted or self.record.config.autostart
