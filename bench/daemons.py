@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import trio
-from attrs import field, frozen
+from attrs import frozen
 
-from bench.stops import WARM_UP, Bench, Load, Visit, lose, primary, record
-from curling_fd.qmp.client import open_qmp
+from bench.figures import percentile
+from bench.stops import Bench, Load, Visit, lose, primary, record
+from curling_fd.errors import QmpError
+from curling_fd.qmp.client import EventStream, open_qmp
+from curling_fd.qmp.protocol import Event
 from tests.lab.cluster import Node, start_all
 from tests.lab.roots import Executable
 
@@ -71,6 +76,7 @@ class Curling:
                 stops = await record(events, count, warm_up=0)
                 after = await _usage(alpha, beta)
         shown = (await alpha.show(VM))["statistics"]
+        held = memory(alpha), memory(beta)
         await alpha.call("Unprotect", name=VM)
         await lose(bench.qmp)
         gigabytes = (after["bytes"] - before["bytes"]) / 1e9
@@ -80,6 +86,10 @@ class Curling:
             "primary_cpu_s_per_gb": (after["alpha"] - before["alpha"]) / gigabytes,
             "backup_cpu_s_per_gb": (after["beta"] - before["beta"]) / gigabytes,
             "rate": shown["checkpoints_per_s"],
+            "primary_memory": held[0].own,
+            "primary_memfds": held[0].memfds,
+            "backup_memory": held[1].own,
+            "backup_memfds": held[1].memfds,
         }
         return Visit(stops, [float(shown["pages_p50"])], details)
 
@@ -118,3 +128,114 @@ def _free_ports(count: int) -> list[int]:
     for sock in sockets:
         sock.close()
     return ports
+
+
+async def failovers(qemu: Executable, memory: str, used: int, count: int) -> dict[str, Any]:
+    """Milliseconds from the decision to the running guest, `count` times: a guest, its backup, its host's death.
+
+    Args:
+        memory: the guest's RAM, as for -m.
+        used: pages of it that the guest's program has filled.
+    """
+    own: list[float] = []
+    called: list[float] = []
+    first: list[float] = []
+    for _ in range(count):
+        async with primary(qemu, memory, used) as bench, two_daemons(bench, **epoch_keys(0.05)) as (alpha, beta):
+            with explained(alpha, beta):
+                await bench.vm.send("d 200")
+                await alpha.call("Protect", name=VM)
+                shown = await alpha.wait_committed(VM, 10)
+                first.append(shown["statistics"]["first_pass_ms"])
+                # The host is lost: its daemon and its QEMU.
+                alpha.kill()
+                bench.vm.kill()
+                await beta.wait_state(VM, "suspect")
+                start = time.perf_counter()
+                vm = (await beta.call("Failover", name=VM, force=False))["vm"]
+                called.append((time.perf_counter() - start) * 1000)
+                own.append(float(vm["statistics"]["failover_ms"]))
+                beta.kill()
+                await _quit(beta)
+    return {"memory": memory, "used_mib": used * 4 // 1024, "failover_ms": own, "call_ms": called,
+            "first_pass_ms": first}  # fmt: skip
+
+
+async def idle_rate(bench: Bench, seconds: float) -> dict[str, float]:
+    """Checkpoints a second of a guest that does next to nothing, as fast as they can be had."""
+    await bench.vm.send("d 1")
+    await bench.vm.send("s 1000000")
+    try:
+        async with two_daemons(bench, longest_epoch="1ms", shortest_epoch="1ms") as (alpha, beta):
+            with explained(alpha, beta), bench.qmp.events() as events:
+                await alpha.call("Protect", name=VM)
+                await alpha.wait_committed(VM, 50)
+                before, cpu = await _usage(alpha, beta), await alpha.show(VM)
+                start, count = time.perf_counter(), cpu["statistics"]["committed"]
+                _waiting(events)
+                await trio.sleep(seconds)
+                shown = (await alpha.show(VM))["statistics"]
+                elapsed = time.perf_counter() - start
+                after = await _usage(alpha, beta)
+                stops = [event for event in _waiting(events) if event.name in ("STOP", "RESUME")]
+                await alpha.call("Unprotect", name=VM)
+                await lose(bench.qmp)
+    finally:
+        await bench.vm.send("s 5000")
+    lengths = [
+        (after.timestamp_us - before.timestamp_us) / 1000
+        for before, after in pairwise(stops)
+        if before.name == "STOP" and after.name == "RESUME"
+    ]
+    return {
+        "checkpoints_per_s": (shown["committed"] - count) / elapsed,
+        "stop_ms_p50": percentile(lengths, 50),
+        "stop_ms_p99": percentile(lengths, 99),
+        "pages_p50": shown["pages_p50"],
+        "primary_cpus": (after["alpha"] - before["alpha"]) / elapsed,
+        "backup_cpus": (after["beta"] - before["beta"]) / elapsed,
+    }
+
+
+@frozen
+class Memory:
+    """Bytes of a daemon: `own` resident besides shared memory, `memfds` allocated."""
+
+    own: int
+    memfds: int
+
+
+def memory(node: Node) -> Memory:
+    """What a daemon holds."""
+    assert node.process is not None
+    pid = node.process.pid
+    status = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
+    )
+    sizes: dict[int, int] = {}
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            if os.readlink(entry).startswith("/memfd:"):
+                found = entry.stat()
+                sizes[found.st_ino] = found.st_blocks * 512
+        except OSError:
+            continue
+    anonymous = sum(int(status[key].split()[0]) for key in ("RssAnon", "RssFile"))
+    return Memory(anonymous * 1024, sum(sizes.values()))
+
+
+def _waiting(events: EventStream) -> list[Event]:
+    found: list[Event] = []
+    while events.statistics().current_buffer_used:
+        found.append(events.receive_nowait())
+    return found
+
+
+async def _quit(node: Node) -> None:
+    """End the QEMU that took over on `node`; it outlives its daemon."""
+    async with open_qmp(node.runtime(VM) / "operator.sock") as qmp:
+        try:
+            await qmp.execute("quit")
+        except QmpError:
+            pass
+        await qmp.disconnected.wait()

@@ -6,10 +6,8 @@ running guest in turn, with the same epoch, from the same process: what differs 
 
 from __future__ import annotations
 
-import math
 import re
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
@@ -19,6 +17,7 @@ from typing import Protocol
 import trio
 from attrs import field, frozen
 
+from bench.figures import median
 from curling_fd.capture.engine import EngineOptions
 from curling_fd.capture.incremental import open_incremental
 from curling_fd.capture.probe import Choice
@@ -94,9 +93,9 @@ def guest(pause_us: int = 5000, memory: str = "512M", pages: int = 32768) -> Lin
 
 
 @asynccontextmanager
-async def primary(qemu: Executable, memory: str = "512M") -> AsyncIterator[Bench]:
-    """A booted guest under TCG."""
-    async with LabVm(guest=guest(memory=memory), qemu=qemu) as vm:
+async def primary(qemu: Executable, memory: str = "512M", pages: int = 32768) -> AsyncIterator[Bench]:
+    """A booted guest under TCG whose program has filled `pages` pages."""
+    async with LabVm(guest=guest(memory=memory, pages=pages), qemu=qemu) as vm:
         await vm.console.wait_ready()
         async with open_qmp(vm.operator) as qmp:
             yield Bench(vm, qmp, (await examine(qmp, "incremental", [])).choice, qemu)
@@ -152,7 +151,7 @@ class Floor:
                     finally:
                         process.kill()
         taken = [[float(word) for word in line] for line in lines[WARM_UP:]]
-        return Visit(stops, [line[0] for line in taken], {"peer_ms": _median([line[3] / 1e6 for line in taken])})
+        return Visit(stops, [line[0] for line in taken], {"peer_ms": median([line[3] / 1e6 for line in taken])})
 
 
 class Stock:
@@ -234,7 +233,7 @@ class EngineAlone:
         finally:
             sink.close()
             buffer.close()
-        return Visit(stops, pages[WARM_UP:], {"peer_ms": _median(peer[WARM_UP:])})
+        return Visit(stops, pages[WARM_UP:], {"peer_ms": median(peer[WARM_UP:])})
 
 
 @asynccontextmanager
@@ -275,12 +274,3 @@ async def lose(qmp: QmpClient) -> None:
 
 def _compile(target: Path) -> None:
     run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(target), str(_FLOOR)])
-
-
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2] if ordered else math.nan
-
-
-if sys.platform != "linux":
-    raise RuntimeError("this needs Linux")

@@ -30,7 +30,7 @@ class PassIntake:
     Args:
         engine: whose pass it is, for errors.
         ends_with_socket: QEMU closes its end after the pass, and that is its end; else `end` says so.
-        observe: called with the buffer and the runs of pages in it, before they are shipped.
+        observe: called, in a thread, with the buffer and the runs of pages in it, before they are shipped.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class PassIntake:
             StreamError: the stream is not one.
         """
         while True:
+            await trio.lowlevel.checkpoint()
             if await self._read():
                 continue
             if self._ending:
@@ -105,8 +106,8 @@ class PassIntake:
         self._have += count
         self._scanned = self._scanner.scan(view, self._scanned, self._have)
         events = self._scanner.drain()
-        if self._observe is not None:
-            self._observe(view, events)
+        if self._observe is not None and events:
+            await trio.to_thread.run_sync(self._observe, view, events)
         for event in events:
             if isinstance(event, DeviceState):
                 self._ram_complete = True

@@ -24,6 +24,7 @@ from curling_fd.qmp.client import EventStream, QmpClient
 from curling_fd.system.buffers import Buffer
 from curling_fd.system.guard import Guard
 from curling_fd.system.nursery import open_nursery
+from curling_fd.vmstate.image import ZERO_PAGE, RamImage
 from curling_fd.vmstate.ram import fill_bytes, page_addresses
 from curling_fd.vmstate.records import (
     PAGE_SIZE,
@@ -60,14 +61,13 @@ _AGAIN = 0.001
 #: The will of a daemon that dies while a migration has the guest stopped.
 _CONTINUE = b'{"execute":"cont","id":"curling-guard"}\r\n'
 
-_ZERO = bytes(PAGE_SIZE)
-
 
 class LastImage:
     """What the backup has: an image of every RAM block as last shipped."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Buffer] = {}
+        self._buffers: list[Buffer] = []
+        self._images: dict[str, RamImage] = {}
 
     def observe(self, view: memoryview, events: Iterable[Event]) -> None:
         """Take over everything in `events`, which lies in `view`."""
@@ -75,29 +75,29 @@ class LastImage:
             if isinstance(event, BlockTable):
                 for block in event.blocks:
                     size = -(-block.size // PAGE_SIZE) * PAGE_SIZE
-                    self._buffers[block.name] = Buffer(f"curling-last-{block.name}", size, prefault=0)
+                    self._buffers.append(buffer := Buffer(f"curling-last-{block.name}", size, prefault=0))
+                    self._images[block.name] = RamImage(buffer.view)
             elif isinstance(event, PageRun | FillRun):
-                image = self._buffers[event.block.name].view
-                for address, page in _pages(view, event):
-                    image[address : address + PAGE_SIZE] = page
+                self._images[event.block.name].apply(view, event)
 
     def changed(self, view: memoryview, run: PageRun | FillRun, writer: RamSectionWriter) -> int:
         """Write the pages of `run` that differ from the image, and take them over; returns their number."""
-        image = self._buffers[run.block.name].view
+        image = self._images[run.block.name]
         count = 0
         for address, page in _pages(view, run):
             # As bytes: memoryviews compare item by item.
-            if page != bytes(image[address : address + PAGE_SIZE]):
-                if page == _ZERO:
+            if page != image.page(address):
+                if page == ZERO_PAGE:
                     writer.zero(run.block, address)
                 else:
                     writer.page(run.block, address, page)
-                image[address : address + PAGE_SIZE] = page
+                image.write(address, page)
                 count += 1
         return count
 
     def close(self) -> None:
-        for buffer in self._buffers.values():
+        self._images.clear()
+        for buffer in self._buffers:
             buffer.close()
 
 
@@ -110,7 +110,7 @@ def _pages(view: memoryview, run: PageRun | FillRun) -> Iterable[tuple[int, byte
             data += PAGE_STRIDE
     else:
         for address, byte in zip(addresses, fill_bytes(view, run), strict=True):
-            yield address, _ZERO if byte == 0 else bytes([byte]) * PAGE_SIZE
+            yield address, bytes([byte]) * PAGE_SIZE if byte else ZERO_PAGE
 
 
 class WholeEngine:

@@ -62,7 +62,7 @@ class QmpClient:
         self._socket = sock
         self._out_of_band = "oob" in greeting.capabilities
         self._ids = itertools.count(1)
-        self._waiting: dict[object, trio.MemorySendChannel[Return | Error]] = {}
+        self._waiting: dict[int, trio.MemorySendChannel[Return | Error]] = {}
         self._listeners: set[trio.MemorySendChannel[Event]] = set()
         self._send_lock = trio.Lock()
         self._closed = False
@@ -139,8 +139,13 @@ class QmpClient:
         try:
             async with self._send_lock:
                 sent = await self._socket.sendmsg([data], ancillary)
-                while sent < len(data):
-                    sent += await self._socket.send(data[sent:])
+                try:
+                    while sent < len(data):
+                        sent += await self._socket.send(data[sent:])
+                except trio.Cancelled:
+                    # QEMU would take the next command for the rest of this one.
+                    self._socket.shutdown(socket.SHUT_RDWR)
+                    raise
         except OSError:
             raise QmpDisconnected(command) from None
 
@@ -168,7 +173,7 @@ class QmpClient:
             for listener in self._listeners:
                 listener.send_nowait(message)
         elif isinstance(message, Return | Error):
-            waiter = self._waiting.get(message.id)
+            waiter = self._waiting.pop(message.id, None) if isinstance(message.id, int) else None
             if waiter is not None:  # else its caller gave up, or a guard wrote the command
                 waiter.send_nowait(message)
 
@@ -193,6 +198,7 @@ async def open_qmp(path: str | os.PathLike[str]) -> AsyncIterator[QmpClient]:
             raise QmpUnreachable(path, error.strerror or str(error)) from None
         except trio.TooSlowError:
             raise QmpBusy(path) from None
+        _check_connected(sock, path)
         pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         decoder = Decoder()
         client = QmpClient(sock, await _greeting(sock, path, decoder), pid)
@@ -207,6 +213,14 @@ async def open_qmp(path: str | os.PathLike[str]) -> AsyncIterator[QmpClient]:
                 client._close()
     finally:
         sock.close()
+
+
+def _check_connected(sock: trio.socket.SocketType, path: str) -> None:
+    """Trio's connect returns for a UNIX socket whose backlog is full as if it were connected."""
+    try:
+        sock.getpeername()
+    except OSError:
+        raise QmpBusy(path) from None
 
 
 async def _greeting(sock: trio.socket.SocketType, path: str, decoder: Decoder) -> Greeting:

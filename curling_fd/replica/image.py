@@ -16,10 +16,9 @@ from attrs import frozen
 from curling_fd.errors import FrameError
 from curling_fd.link.frames import HEAD_SIZE, CheckpointHead
 from curling_fd.system.buffers import Buffer
-from curling_fd.vmstate.ram import fill_bytes, page_addresses
+from curling_fd.vmstate.image import RamImage
 from curling_fd.vmstate.records import (
     PAGE_SIZE,
-    PAGE_STRIDE,
     Block,
     BlockTable,
     Configuration,
@@ -57,8 +56,12 @@ class Replica:
     """
 
     def __init__(self, mapped: Sequence[tuple[Block, Buffer]]) -> None:
-        self._mapped = {block.name: (block, buffer) for block, buffer in mapped}
-        self._small: dict[str, Buffer] = {}
+        self._mapped = tuple(block for block, _ in mapped)
+        self._small: list[Buffer] = []
+        # A QEMU that starts may have written something into its memory already.
+        self._images = {
+            block.name: RamImage(buffer.view, fresh=not buffer.allocated()) for block, buffer in mapped
+        }
         self._pass = Scanner.for_pass(check_addresses=True)
         self._configuration: Configuration | None = None
         self._layout: RamLayout | None = None
@@ -121,7 +124,10 @@ class Replica:
         """The stream that makes a standby, which maps the images, continue from the replica."""
         assert self._layout is not None and self._configuration is not None, "nothing committed"
         sizes = {block.name: block.size for block in self._layout.blocks}
-        small = {name: buffer.view[: sizes[name]] for name, buffer in self._small.items()}
+        mapped = {block.name for block in self._mapped}
+        small = {
+            name: image.view[: sizes[name]] for name, image in self._images.items() if name not in mapped
+        }
         return restore_stream(self._configuration.section, self._layout, small, self._device)
 
     def blocks(self) -> tuple[Block, ...]:
@@ -131,52 +137,38 @@ class Replica:
 
     def image(self, name: str) -> memoryview:
         """The image of the RAM block `name`, borrowed."""
-        return self._images[name]
+        return self._images[name].view
 
     def close(self) -> None:
         """Free the images of the small blocks; the mapped ones are the caller's."""
-        for buffer in self._small.values():
+        self._images.clear()
+        for buffer in self._small:
             buffer.close()
         self._small.clear()
 
-    @property
-    def _images(self) -> dict[str, memoryview]:
-        images = {name: buffer.view for name, (_, buffer) in self._mapped.items()}
-        return images | {name: buffer.view for name, buffer in self._small.items()}
-
     def _define(self, blocks: Sequence[Block]) -> None:
         by_name = {block.name: block for block in blocks}
-        for name, (expected, _) in self._mapped.items():
-            if by_name.get(name) != expected:
-                found = by_name[name].size if name in by_name else "no such block"
-                raise FrameError(f"the standby has {expected.size} bytes of `{name}`, the primary: {found}")
-        small = [block for block in blocks if block.name not in self._mapped]
+        for mapped in self._mapped:
+            if by_name.pop(mapped.name, None) != mapped:
+                raise FrameError(f"the primary has no RAM block `{mapped.name}` of {mapped.size} bytes")
+        small = by_name.values()
         if sum(block.size for block in small) > SMALL_BLOCKS_LIMIT:
             raise FrameError("the VM's smaller RAM blocks are larger than all a VM has")
         for block in small:
-            self._small[block.name] = Buffer(f"curling-{block.name}", _whole_pages(block.size), prefault=0)
+            # Touched now: all of it is read at a failover, and first use would take most of that time.
+            size = _whole_pages(block.size)
+            buffer = Buffer(f"curling-{block.name}", size, prefault=size)
+            self._small.append(buffer)
+            self._images[block.name] = RamImage(buffer.view)
 
     def _apply(self, view: memoryview, runs: Iterable[PageRun | FillRun]) -> None:
-        images = self._images
         for run in runs:
-            image = images[run.block.name]
-            addresses = page_addresses(view, run)
-            if isinstance(run, PageRun):
-                data = run.data
-                for address in addresses:
-                    image[address : address + PAGE_SIZE] = view[data : data + PAGE_SIZE]
-                    data += PAGE_STRIDE
-            else:
-                for address, byte in zip(addresses, fill_bytes(view, run), strict=True):
-                    image[address : address + PAGE_SIZE] = _FILLED[byte]
+            self._images[run.block.name].apply(view, run)
 
 
 def _whole_pages(size: int) -> int:
     """QEMU rounds the memory behind a block up to whole pages."""
     return -(-size // PAGE_SIZE) * PAGE_SIZE
-
-
-_FILLED = [bytes([byte]) * PAGE_SIZE for byte in range(256)]
 
 
 def _runs(events: Iterable[Event]) -> Iterator[PageRun | FillRun]:

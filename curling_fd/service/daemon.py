@@ -152,7 +152,7 @@ class Daemon:
             raise
 
     async def _feed_watchdog(self) -> None:
-        """Tell systemd what the VMs do, and, as long as event loop, threads and checkpoints move, that we live."""
+        """Tell systemd what the VMs do; and that we live, while event loop, threads and checkpoints move."""
         interval = systemd.watchdog_interval()
         while True:
             await trio.to_thread.run_sync(_nothing)

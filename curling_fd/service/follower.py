@@ -1,8 +1,8 @@
 """The backup's side of a VM: take a primary's offer, follow it, and take the VM over when it is right.
 
 Losing the primary gives no right to run its VM. With an arbiter that can say no, silence leads to a question
-to it; a link that was closed by the other side's kernel does not even do that, for then the host over there is
-alive and its guest may well run: a daemon that died comes back, and finds us waiting.
+to it; a link that was closed by the other side's kernel does not even do that, for then the host over there
+is alive and its guest may well run: a daemon that died comes back, and finds us waiting.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Keyval:
     def get(self, key: str) -> str | None:
         """The last value given for `key`, or None."""
         for name, value in reversed(self.items):
-            if name == key or (name is None and key == self.implied):
+            if self._key(name) == key:
                 return value
         return None
 
@@ -62,7 +62,7 @@ class Keyval:
         """With `key` having `value`, at its old place if it had one."""
         done, items = False, []
         for name, old in self.items:
-            if name == key or (name is None and key == self.implied):
+            if self._key(name) == key:
                 if not done:
                     items.append((name, text_of(value)))
                 done = True
@@ -74,20 +74,20 @@ class Keyval:
 
     def drop(self, *keys: str) -> Keyval:
         """Without `keys`."""
-        return evolve(self, items=tuple(i for i in self.items if (i[0] or self.implied) not in keys))
+        return evolve(self, items=tuple(i for i in self.items if self._key(i[0]) not in keys))
 
     def names(self) -> list[str]:
         """The keys as `drop` takes them."""
-        return [name or self.implied or "" for name, _ in self.items]
+        return [self._key(name) for name, _ in self.items]
 
     def walk(self) -> Iterator[tuple[str, str]]:
         """Every dotted key with its value as text."""
         for name, value in self.items:
-            yield name or self.implied or "", value
+            yield self._key(name), value
 
     def map(self, change: Callable[[str, str], str]) -> Keyval:
         """With each value replaced by `change(key, value)`."""
-        items = tuple((name, change(name or self.implied or "", value)) for name, value in self.items)
+        items = tuple((name, change(self._key(name), value)) for name, value in self.items)
         return evolve(self, items=items)
 
     def render(self) -> str:
@@ -97,7 +97,10 @@ class Keyval:
     def _item(self, name: str | None, value: str) -> str:
         if name is None and "=" not in value.partition(",")[0]:
             return escape(value)
-        return f"{name or self.implied}={escape(value)}"
+        return f"{self._key(name)}={escape(value)}"
+
+    def _key(self, name: str | None) -> str:
+        return (self.implied or "") if name is None else name
 
 
 @frozen

@@ -61,7 +61,7 @@ class Guard:
         page_fd = os.memfd_create("curling-guard")
         try:
             os.ftruncate(page_fd, 4096)
-            self._page = memoryview(mmap(page_fd, 4096)).cast("Q")
+            self._page: memoryview[int] | list[int] = memoryview(mmap(page_fd, 4096)).cast("Q")
             numbers = [str(theirs.fileno()), str(page_fd), str(deadline_ms)]
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(MAIN), *numbers, *will],
@@ -154,6 +154,8 @@ class Guard:
             self._process.kill()
         self._process.wait()
         self._control.close()
+        # Not unmapped but let go: a thread may be arming. Afterwards words of our own take what it writes.
+        self._page = list(self._page[: READY + 1])
 
     def __enter__(self) -> Guard:
         return self

@@ -37,7 +37,7 @@ class ServiceManager:
         self._fds: dict[str, int] = {}
         if take["LISTEN_PID"] == str(pid) and take["LISTEN_FDS"].isdigit():
             # A name may hold no colon, so the list is split safely; two sockets of one name leave the first.
-            names = take["LISTEN_FDNAMES"].split(":")
+            names = take["LISTEN_FDNAMES"].split(":") if take["LISTEN_FDNAMES"] else []
             for index in range(int(take["LISTEN_FDS"])):
                 os.set_inheritable(first_fd + index, False)
                 self._fds.setdefault(names[index] if index < len(names) else "unknown", first_fd + index)

@@ -207,7 +207,6 @@ def test_a_retired_guard_is_gone_and_leaves_nothing(monitor: Monitor) -> None:
         assert not guard.alive
         assert not Path(f"/proc/{guard.pid}").exists()
         guard.arm()
-        del guard
     assert silent(monitor.qemu)
     assert sorted(os.listdir("/proc/self/fd")) == before
 

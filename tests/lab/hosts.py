@@ -65,11 +65,11 @@ class Host:
 
     def cut(self) -> None:
         """Take this host's end of the link down: nothing passes, and nobody is told by a packet."""
-        run(["ip", "-n", self.namespace, "link", "set", _INTERFACE, "down"])
+        self._ip("link", "set", _INTERFACE, "down")
 
     def heal(self) -> None:
         """Undo cut."""
-        run(["ip", "-n", self.namespace, "link", "set", _INTERFACE, "up"])
+        self._ip("link", "set", _INTERFACE, "up")
 
     def pids(self) -> set[int]:
         """The processes of this host; not those that have ended and wait to be reaped."""
@@ -78,6 +78,10 @@ class Host:
     def kill_all(self, number: signal.Signals = signal.SIGKILL) -> set[int]:
         """Send a signal to every process of this host, as the loss of the host would; who got it."""
         return _signal_all(self.namespace, number)
+
+    def _ip(self, *arguments: str) -> None:
+        with self.entered():
+            run(["ip", *arguments])
 
 
 @contextlib.contextmanager
@@ -101,10 +105,9 @@ def two_hosts(names: tuple[str, str] = ("alpha", "beta")) -> Iterator[tuple[Host
         ends = ["name", _INTERFACE, "netns", one.namespace, "type", "veth"]
         run(["ip", "link", "add", *ends, "peer", "name", _INTERFACE, "netns", two.namespace])
         for host in hosts:
-            inside = ["ip", "-n", host.namespace]
-            run([*inside, "address", "add", f"{host.address}/24", "dev", _INTERFACE])
-            run([*inside, "link", "set", "lo", "up"])
-            run([*inside, "link", "set", _INTERFACE, "up"])
+            host._ip("address", "add", f"{host.address}/24", "dev", _INTERFACE)
+            host._ip("link", "set", "lo", "up")
+            host.heal()
         yield one, two
     finally:
         for host in hosts:

@@ -36,17 +36,17 @@ def bits(*tables: dict[str, str]) -> int:
     return sum(1 << getattr(prctl, name) for table in tables for name in table)
 
 
-AFTER = """
+AFTER = f"""
 import json, os, subprocess, sys
 from curling_fd.system import privileges
 before = states()
 privileges.drop()
 child = subprocess.run(
-    [sys.executable, "-c", "import json\\n" + {states!r} + "print(json.dumps(states()))"],
+    [sys.executable, "-c", "import json\\n" + {STATES!r} + "print(json.dumps(states()))"],
     capture_output=True, check=True,
 )
 print(json.dumps({{"before": before, "after": states(), "child": json.loads(child.stdout)}}))
-""".format(states=STATES)
+"""
 
 
 def test_what_is_needed_stays_and_the_rest_is_gone_for_children_too() -> None:

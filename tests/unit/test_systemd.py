@@ -76,7 +76,7 @@ def test_a_count_that_is_no_number_means_none(listening: socket.socket, count: s
 
 
 def test_a_socket_without_a_name_is_unknown(listening: socket.socket) -> None:
-    assert passed(listening, names="").is_activated("")
+    assert passed(listening, names="").is_activated("unknown")
     environ = {"LISTEN_FDS": "1", "LISTEN_PID": str(PID), "LISTEN_FDNAMES": "a:b"}
     assert ServiceManager(environ, PID, first_fd=listening.fileno()).is_activated("a")
 
@@ -95,8 +95,8 @@ def test_a_network_socket_is_a_mistake_in_the_unit() -> None:
 
 def test_programs_started_later_do_not_see_the_variables() -> None:
     environ = {
-        "LISTEN_FDS": "0", "LISTEN_FDNAMES": "", "LISTEN_PID": "1", "NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "1",
-        "WATCHDOG_PID": "1", "HOME": "/root",
+        "LISTEN_FDS": "0", "LISTEN_FDNAMES": "", "LISTEN_PID": "1", "NOTIFY_SOCKET": "/x",
+        "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1", "HOME": "/root",
     }  # fmt: skip
     ServiceManager(environ, PID)
     assert environ == {"HOME": "/root"}

@@ -1,0 +1,127 @@
+"""What the tests of protected VMs start from: a VM on alpha, beta as its backup, and what may happen to them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+from attrs import define
+
+from curling_fd.qmp.client import QmpClient, open_qmp
+from curling_fd.varlink.client import Client
+from tests.lab.cluster import Node, cluster, start_all
+from tests.lab.console import Console, Round
+from tests.lab.hosts import Host, two_hosts
+from tests.lab.vm import LabVm
+
+VM = "lab"
+
+#: Bounds, in seconds: far above what is needed, for what they bound waits for events.
+BOOT = 120.0
+SYNC = 120.0
+TAKEOVER = 60.0
+ROUND = 60.0
+
+#: Where the backup has taken the VM over; its own protection is tried next, and has no host to go to.
+TAKEN = ("active", "connecting", "unprotected")
+
+
+@define(eq=False)
+class Stage:
+    """Two hosts with their daemons, and the VM `lab` on the first."""
+
+    vm: LabVm
+    alpha: Host
+    beta: Host
+    primary: Node
+    backup: Node
+
+    async def protect(self, checkpoints: int = 10) -> dict[str, Any]:
+        """Protect the VM and wait for that many committed checkpoints; what `Show` says then."""
+        with trio.fail_after(SYNC):
+            await self.primary.call("Protect", name=VM)
+        return await self.primary.wait_committed(VM, checkpoints, within=SYNC)
+
+    async def more_checkpoints(self, count: int = 5) -> dict[str, Any]:
+        """Wait until `count` more checkpoints are committed than are now."""
+        now = (await self.primary.show(VM))["statistics"]["committed"]
+        return await self.primary.wait_committed(VM, now + count, within=SYNC)
+
+    async def events(self, node: Node, *wanted: str, within: float = 60) -> list[dict[str, Any]]:
+        """All events of `node` up to the first one called as one of `wanted`."""
+        seen: list[dict[str, Any]] = []
+        with trio.fail_after(within):
+            async with await Client.connect(str(node.socket)) as client:
+                async for reply in await client.call_more("Events", {"since": 0}):
+                    seen.append(reply["event"])
+                    if reply["event"]["event"] in wanted:
+                        return seen
+        raise AssertionError("the journal does not end")
+
+    @asynccontextmanager
+    async def operator(self) -> AsyncIterator[QmpClient]:
+        """A second monitor of the VM on alpha."""
+        async with open_qmp(self.vm.operator) as qmp:
+            yield qmp
+
+    def lose_alpha(self) -> None:
+        """The loss of power: the cable is dead and every process of the host is gone."""
+        self.alpha.cut()
+        self.alpha.kill_all()
+
+    @property
+    def console(self) -> Console:
+        """The console of the VM on beta, once it runs there."""
+        here = self.backup.runtime(VM)
+        return Console(here / "console.log", here / "console.sock")
+
+    def standby_processes(self) -> set[int]:
+        """The processes on beta besides its daemon: standby and guards."""
+        assert self.backup.process is not None
+        return self.beta.pids() - {self.backup.process.pid}
+
+    async def taken_over(self) -> dict[str, Any]:
+        """Wait until beta has taken the VM over; what `Show` says there then."""
+        return await self.backup.wait_state(VM, *TAKEN, within=TAKEOVER)
+
+    async def goes_on(self, *, rounds: int = 5) -> Round:
+        """See the guest go on at beta from where it was, every page of it right; its first report there."""
+        last = self.vm.rounds()[-1]
+        first = await self.console.next_round(within=ROUND)
+        # One that was started anew would count from 1; one from the future there is not.
+        assert 1 < first.number
+        after = await self.console.wait_round(max(last.number, first.number) + rounds, within=ROUND)
+        assert max(report.corrupt for report in [*self.vm.rounds(), *self.console.rounds()]) == 0
+        assert after.uptime_ms > first.uptime_ms
+        return first
+
+
+@asynccontextmanager
+async def stage(vm: LabVm, *, automatic: bool = True, **keys: Any) -> AsyncIterator[Stage]:
+    """Boot `vm` on alpha, with a daemon on both hosts that knows it.
+
+    Args:
+        automatic: with the arbiter `file`, so that the backup takes over by itself.
+        keys: of the VM's file on both hosts; `engine` and the epochs, for instance.
+    """
+    with two_hosts() as (alpha, beta):
+        async with cluster((alpha, beta)) as (primary, backup):
+            vm.host, vm.name = alpha, VM
+            async with vm:
+                if automatic:
+                    shared = alpha.directory.parent / "arbiter"
+                    shared.mkdir()
+                    keys |= {"arbiter": "file", "arbiter_directory": str(shared)}
+                keys = {"longest_epoch": "100ms", **keys}
+                primary.configure_vm(VM, qmp=str(vm.qmp), peer=backup.link, **keys)
+                backup.configure_vm(VM, peer=primary.link, **keys)
+                try:
+                    await start_all(primary, backup)
+                    await vm.console.wait_ready(within=BOOT)
+                    await vm.wait_round(2, within=BOOT)
+                    yield Stage(vm, alpha, beta, primary, backup)
+                except Exception as error:
+                    error.add_note(f"alpha:\n{primary.log_text()}\nbeta:\n{backup.log_text()}")
+                    raise
