@@ -27,7 +27,7 @@ async def recover(qmp: QmpClient) -> None:
         status = (await qmp.execute("query-migrate")).get("status")
         with trio.move_on_after(_TIMEOUT) as scope:
             if status == "colo":
-                await qmp.execute("x-colo-lost-heartbeat", out_of_band=True)
+                await qmp.execute("x-colo-lost-heartbeat")
             elif status in _UNDER_WAY:
                 await qmp.execute("migrate_cancel")
             await until_no_migration(qmp, events)

@@ -90,7 +90,7 @@ class Replica:
                 runs.append(event)
         self._apply(view, runs)
 
-    def stage(self, sequence: int, view: memoryview, length: int) -> tuple[CheckpointHead, Staged]:
+    def stage(self, sequence: int, view: memoryview, length: int) -> Staged:
         """Check the checkpoint `sequence` in `view[:length]` to its last byte; changes nothing.
 
         Raises:
@@ -109,7 +109,7 @@ class Replica:
         if not head.device:
             raise FrameError("a checkpoint without device state")
         device = bytes(view[end : end + head.device])
-        return head, Staged(sequence, view, tuple(_runs(scanner.drain())), device, scanner.last_block)
+        return Staged(sequence, view, tuple(_runs(scanner.drain())), device, scanner.last_block)
 
     def commit(self, staged: Staged) -> None:
         """Make the replica the checkpoint `staged`. Done twice it is the same as done once."""

@@ -7,7 +7,7 @@ commits, never within one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
@@ -19,7 +19,6 @@ from curling_fd.link.pulse import keep_pulse, watch_pulse
 from curling_fd.link.transport import FrameLink, Received
 from curling_fd.replica.image import Replica
 from curling_fd.service.statistics import Counters
-from curling_fd.standby.process import StandbyProcess
 from curling_fd.system.buffers import Buffer, BufferPool
 from curling_fd.system.nursery import open_nursery
 
@@ -43,11 +42,14 @@ class HandedOver:
 
 
 class BackupSession:
-    """Follows one primary over one link. Borrows link, replica and standby.
+    """Follows one primary over one link. Borrows link and replica.
 
     Args:
         max_raw: the largest frame the primary may send, in bytes.
-        committed: called after the first commit.
+        rehearse: called when the first checkpoint is in the replica and not acknowledged yet; returns when a
+            standby has shown that it can load it.
+        standby_failed: returns never, and raises when the standby is gone; watched once it has rehearsed.
+        committed: called after the first acknowledgement.
 
     Attributes:
         paused: the operator has paused the guest on the primary.
@@ -57,24 +59,27 @@ class BackupSession:
         self,
         link: FrameLink,
         replica: Replica,
-        standby: StandbyProcess,
         counters: Counters,
         *,
         generation: int,
         max_raw: int,
         heartbeat_interval: float,
         failure_timeout: float,
+        rehearse: Callable[[], Awaitable[None]],
+        standby_failed: Callable[[], Awaitable[None]],
         committed: Callable[[], None],
     ) -> None:
         self.paused = False
         self._link = link
         self._replica = replica
-        self._standby = standby
         self._counters = counters
         self._generation = generation
         self._heartbeat_interval = heartbeat_interval
         self._failure_timeout = failure_timeout
+        self._rehearse = rehearse
+        self._standby_failed = standby_failed
         self._committed = committed
+        self._first_committed = trio.Event()
         self._pool = BufferPool("curling-staging", STAGING, max_raw)
         self._interrupted = trio.Event()
         self._why = ""
@@ -98,7 +103,7 @@ class BackupSession:
                 send, receive = trio.open_memory_channel[Received](0)
                 nursery.start_soon(keep_pulse, self._link, self._generation, self._heartbeat_interval)
                 nursery.start_soon(watch_pulse, self._link, self._failure_timeout)
-                nursery.start_soon(self._standby.wait_failed)
+                nursery.start_soon(self._watch_standby)
                 nursery.start_soon(self._notice_interruption)
                 async with trio.open_nursery() as work:
                     work.start_soon(self._apply_all, receive)
@@ -166,12 +171,10 @@ class BackupSession:
             buffer = received.buffer
             assert buffer is not None
             try:
-                # Shielded: what is whole is committed whole, even if the link breaks meanwhile.
-                with trio.CancelScope(shield=True):
-                    if received.header.kind is Kind.BULK:
-                        await self._take_piece(received, buffer)
-                    else:
-                        await self._commit(received, buffer)
+                if received.header.kind is Kind.BULK:
+                    await self._take_piece(received, buffer)
+                else:
+                    await self._commit(received, buffer)
             finally:
                 self._pool.release(buffer)
 
@@ -182,17 +185,28 @@ class BackupSession:
 
     async def _commit(self, received: Received, buffer: Buffer) -> None:
         header = received.header
-        _, staged = await trio.to_thread.run_sync(
+        staged = await trio.to_thread.run_sync(
             self._replica.stage, header.sequence, buffer.view, header.length
         )
-        try:
-            await self._link.send(Kind.ACK, self._generation, header.sequence)
-        finally:
+        if header.sequence == 1:
             await trio.to_thread.run_sync(self._replica.commit, staged)
+            await self._rehearse()
+            await self._link.send(Kind.ACK, self._generation, 1)
+            self._first_committed.set()
+            self._committed()
+        else:
+            # Shielded: what is acknowledged is committed, even if the link breaks at this very moment.
+            with trio.CancelScope(shield=True):
+                try:
+                    await self._link.send(Kind.ACK, self._generation, header.sequence)
+                finally:
+                    await trio.to_thread.run_sync(self._replica.commit, staged)
         self._counters.captured(sum(run.count for run in staged.runs), header.length)
         self._counters.commit(header.sequence)
-        if header.sequence == 1:
-            self._committed()
+
+    async def _watch_standby(self) -> None:
+        await self._first_committed.wait()
+        await self._standby_failed()
 
 
 def definition_problem(content: dict[str, Any]) -> str | None:

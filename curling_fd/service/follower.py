@@ -8,6 +8,7 @@ is alive and its guest may well run: a daemon that died comes back, and finds us
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +175,13 @@ class Follower:
         session = self._session = BackupSession(
             link,
             kept.replica,
-            kept.standby.process,
             record.counters,
             generation=generation,
             max_raw=max_raw,
             heartbeat_interval=daemon.heartbeat_interval,
             failure_timeout=daemon.failure_timeout,
+            rehearse=partial(kept.standby.rehearse, kept.replica),
+            standby_failed=lambda: kept.standby.process.wait_failed(),
             committed=lambda: record.advance(Event.COMMITTED),
         )
         try:

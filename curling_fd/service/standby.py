@@ -1,19 +1,20 @@
-"""Starting a standby: a QEMU like the primary's that waits with the replica as its memory."""
+"""A standby: a QEMU like the primary's that waits with the replica as its memory."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import trio
-from attrs import define
 
 from curling_fd.errors import MachineMismatch, NotEnoughMemory, QmpError, StandbyFailed
 from curling_fd.qmp.client import open_qmp
+from curling_fd.replica.image import Replica
 from curling_fd.service.backup import STAGING
 from curling_fd.service.config import VmConfig
+from curling_fd.service.takeover import activate
 from curling_fd.standby.cmdline import RamBlock, standby_argv
 from curling_fd.standby.process import StandbyProcess
 from curling_fd.system.buffers import Buffer
@@ -23,17 +24,57 @@ from curling_fd.vmstate.records import Block
 _QEMU_ITSELF = 64 << 20
 
 
-@define
 class Standby:
-    """A waiting QEMU. Owns its process, the RAM images it maps, and its directory."""
+    """A waiting QEMU. Owns its process, the RAM images it maps, and its directory.
 
-    process: StandbyProcess
-    images: list[tuple[Block, Buffer]]
-    directory: Path
+    It is started twice: first to rehearse, with memory that its writes do not change, and again to wait, once it
+    has shown that it can load a checkpoint of this VM. Made by `start_standby`.
+    """
+
+    def __init__(
+        self, directory: Path, images: Sequence[tuple[Block, Buffer]], command: Callable[[bool], list[str]]
+    ) -> None:
+        self.images = images
+        self._directory = directory
+        self._command = command
+        self._process: StandbyProcess | None = None
 
     @property
     def qmp_path(self) -> Path:
-        return self.directory / "qmp.sock"
+        return self._directory / "qmp.sock"
+
+    @property
+    def process(self) -> StandbyProcess:
+        assert self._process is not None, "not started"
+        return self._process
+
+    async def start(self, *, shared: bool) -> None:
+        """Start the QEMU, in place of the one there was.
+
+        Args:
+            shared: what it writes to its memory is written to the images.
+
+        Raises:
+            StandbyFailed: it did not start; with what it printed.
+        """
+        if self._process is not None:
+            self._process.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.mkdir(mode=0o700, parents=True)
+        fds = [buffer.fd for _, buffer in self.images]
+        self._process = await StandbyProcess.start(self._command(shared), fds, str(self.qmp_path))
+
+    async def rehearse(self, replica: Replica) -> None:
+        """Load `replica` as a failover would, and run nothing; then wait again, untouched.
+
+        Raises:
+            StandbyFailed: a failover would have failed so; with what QEMU printed.
+        """
+        try:
+            await activate(self.qmp_path, replica, paused=True)
+        except StandbyFailed as error:
+            raise StandbyFailed(error.problem, self.process.stderr_tail()) from None
+        await self.start(shared=True)
 
     def release(self) -> None:
         """It is the active VM now, and outlives us; the images stay mapped in it."""
@@ -41,13 +82,13 @@ class Standby:
 
     def close(self) -> None:
         """End the process, unless it was released, and free what is ours."""
-        released = self.process.released
-        self.process.close()
+        released = self._process is not None and self._process.released
+        if self._process is not None:
+            self._process.close()
         for _, buffer in self.images:
             buffer.close()
-        self.images.clear()
         if not released:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            shutil.rmtree(self._directory, ignore_errors=True)
 
 
 async def start_standby(
@@ -66,42 +107,43 @@ async def start_standby(
         directory: made for it; what an earlier standby left there is removed.
         staging: bytes of each staging buffer that this VM can fill.
 
+    Returns:
+        It has yet to `rehearse`.
+
     Raises:
         PrecheckFailed: why there can be no standby here.
     """
     binary = config.standby.qemu or argv[0]
     _check_memory(sum(block.size for block in memory) + STAGING * staging + _QEMU_ITSELF)
     await trio.to_thread.run_sync(_check_machine, binary, machine)
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(mode=0o700, parents=True)
     images: list[tuple[Block, Buffer]] = []
-    process: StandbyProcess | None = None
-    try:
-        for block in memory:
-            images.append((block, Buffer(f"curling-ram-{block.name}", block.size, prefault=0)))
-        ram = [RamBlock(block.name, block.size, buffer.fd) for block, buffer in images]
-        command = standby_argv(
+    standby: Standby | None = None
+
+    def command(shared: bool) -> list[str]:
+        return standby_argv(
             argv,
             binary=binary,
-            ram=ram,
+            ram=[RamBlock(block.name, block.size, buffer.fd, shared) for block, buffer in images],
             qmp_path=str(directory / "qmp.sock"),
             directory=str(directory),
             machine=machine,
             replace=config.standby.replace,
             extra=config.standby.extra_args,
         )
-        process = await StandbyProcess.start(
-            command, [buffer.fd for _, buffer in images], str(directory / "qmp.sock")
-        )
-        standby = Standby(process, images, directory)
+
+    try:
+        for block in memory:
+            images.append((block, Buffer(f"curling-ram-{block.name}", block.size, prefault=0)))
+        standby = Standby(directory, images, command)
+        await standby.start(shared=False)
         await _check(standby, machine, version)
         return standby
     except BaseException:
-        if process is not None:
-            process.close()
-        for _, buffer in images:
-            buffer.close()
-        shutil.rmtree(directory, ignore_errors=True)
+        if standby is not None:
+            standby.close()
+        else:
+            for _, buffer in images:
+                buffer.close()
         raise
 
 

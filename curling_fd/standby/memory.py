@@ -30,12 +30,14 @@ A file is aligned by its page size, so a DIMM on one could get another address t
 class RamBlock:
     """A block of the guest's memory: its name in the first pass, its bytes, and its file.
 
-    `fd` is the number the standby inherits the file under. Borrowed.
+    `fd` is the number the standby inherits the file under. Borrowed. If it is not `shared`, what the standby
+    writes stays its own, and the file is as it was.
     """
 
     name: str
     size: int
     fd: int
+    shared: bool = True
 
 
 def guest_memory(line: CommandLine, blocks: Mapping[str, int]) -> tuple[str, ...]:
@@ -118,7 +120,7 @@ def _on_file(backend: Properties, block: RamBlock) -> Properties:
     values = {
         "size": block.size,
         "mem-path": f"/proc/self/fd/{block.fd}",
-        "share": True,
+        "share": block.shared,
         "x-use-canonical-path-for-ramblock-id": block.name.startswith("/objects/"),
     }
     for key, value in values.items():

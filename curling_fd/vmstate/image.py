@@ -1,7 +1,7 @@
 """An image of one RAM block, kept up by the pages of a migration stream.
 
 A page that was never written is zero without taking memory, and most of a guest's memory is sent as such a
-page first: writing it would cost the image a page and, being its first use, ten times the time of later writes.
+page first: writing it would cost the image a page and, as its first use, ten times the time of later writes.
 So the image remembers which pages were written.
 """
 

@@ -217,14 +217,37 @@ def test_a_killed_program_is_cleaned_up_after_by_the_next() -> None:
         "from tests.lab.hosts import two_hosts\n"
         "with two_hosts() as hosts:\n"
         "    hosts[0].popen(['sleep', '1000'], stdout=subprocess.DEVNULL)\n"
-        "    print(hosts[0].namespace, flush=True)\n"
+        "    print(hosts[0].namespace, hosts[0].directory, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    namespace = Path("/run/netns", done.stdout.strip())
+    name, directory = done.stdout.split()
+    namespace = Path("/run/netns", name)
     assert namespace.exists()
     with two_hosts():
         assert not namespace.exists()
+        assert not Path(directory).exists()
+
+
+@pytest.mark.qemu
+async def test_a_vm_dies_with_the_program_that_started_it() -> None:
+    program = (
+        "import os, signal, trio\n"
+        "from tests.lab.guests import BootSectorGuest\n"
+        "from tests.lab.vm import LabVm\n"
+        "async def main():\n"
+        "    async with LabVm(guest=BootSectorGuest()) as vm:\n"
+        "        print(vm.pid, flush=True)\n"
+        "        await trio.sleep_forever()\n"
+        "trio.run(main)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        fd = os.pidfd_open(int(process.stdout.readline()))
+        process.kill()
+    with trio.fail_after(60):
+        await trio.lowlevel.wait_readable(fd)
+    os.close(fd)
 
 
 def test_the_cache_makes_an_entry_once_and_keeps_no_half_of_one(

@@ -88,7 +88,7 @@ class Host:
 def two_hosts(names: tuple[str, str] = ("alpha", "beta")) -> Iterator[tuple[Host, Host]]:
     """Two hosts, 10.77.0.1 and 10.77.0.2. At the end their processes, namespaces and folders are removed."""
     _remove_leftovers()
-    folder = Path(tempfile.mkdtemp(prefix="curling-lab-"))
+    folder = scratch_folder()
     hosts: list[Host] = []
     try:
         for number, name in enumerate(names, 1):
@@ -113,6 +113,11 @@ def two_hosts(names: tuple[str, str] = ("alpha", "beta")) -> Iterator[tuple[Host
         for host in hosts:
             _remove_namespace(host.namespace)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def scratch_folder() -> Path:
+    """A new folder for this process; whoever asks for it removes it."""
+    return Path(tempfile.mkdtemp(prefix=f"curling-lab-{os.getpid()}-"))
 
 
 @contextlib.contextmanager
@@ -167,8 +172,14 @@ def _remove_namespace(namespace: str) -> None:
 
 
 def _remove_leftovers() -> None:
-    """Namespaces of an earlier run that was killed before it could remove them."""
+    """Namespaces and folders of an earlier run that was killed before it could remove them."""
+
+    def gone(owner: str) -> bool:
+        return owner.isdigit() and not Path(f"/proc/{owner}").exists()
+
     for path in _NAMESPACES.glob("curling-*-*-*"):
-        owner = path.name.split("-")[1]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+        if gone(path.name.split("-")[1]):
             _remove_namespace(path.name)
+    for path in Path(tempfile.gettempdir()).glob("curling-lab-*-*"):
+        if gone(path.name.split("-")[2]):
+            shutil.rmtree(path, ignore_errors=True)

@@ -18,7 +18,7 @@ from attrs import define, field
 
 from .console import Console, Round
 from .guests import Guest, LinuxGuest
-from .hosts import Host
+from .hosts import Host, scratch_folder
 from .roots import Executable, qemu_binary
 
 
@@ -26,9 +26,10 @@ from .roots import Executable, qemu_binary
 class LabVm:
     """A VM as an administrator would have started it; nothing in its command line knows of Curling.
 
-    Every path of this VM on the host is below `directory`: qmp.sock, operator.sock (a second monitor, for
-    what an operator does beside Curling), console.sock, console.log and stderr. Kernel, initramfs and
-    firmware are files that all hosts have in the same place.
+    It dies with the process that started it, however that ends. Every path of this VM on the host is below
+    `directory`: qmp.sock, operator.sock (a second monitor, for what an operator does beside Curling),
+    console.sock, console.log and stderr. Kernel, initramfs and firmware are files that all hosts have in the
+    same place.
 
     Args:
         guest: What it runs.
@@ -80,14 +81,17 @@ class LabVm:
         qemu = await trio.to_thread.run_sync(qemu_binary) if self.qemu is None else self.qemu
         boot = await trio.to_thread.run_sync(self.guest.arguments)
         if self.directory == Path():
-            parent = self.host.directory if self.host else None
-            self.directory = Path(tempfile.mkdtemp(prefix="vm-", dir=parent))
+            if self.host:
+                self.directory = Path(tempfile.mkdtemp(prefix="vm-", dir=self.host.directory))
+            else:
+                self.directory = scratch_folder()
             self._owns_directory = True
         self.console = Console(self.directory / "console.log", self.directory / "console.sock", self.running)
         self.argv = [*qemu.argv, *self._machine_arguments(), *boot, *self.extra]
         with (self.directory / "stderr").open("wb") as stderr:
             start = self.host.popen if self.host else subprocess.Popen
-            self._process = start(self.argv, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr)
+            command = ["setpriv", "--pdeathsig", "KILL", "--", *self.argv]
+            self._process = start(command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr)
         try:
             await self._wait_for_monitor()
         except BaseException:
