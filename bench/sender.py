@@ -1,7 +1,7 @@
-"""The other end of the transfer benchmarks, a process of its own: `python -m bench.sender KIND ADDRESS ...`.
+"""The other end of the transfer benchmarks, a process of its own: `python -m bench.sender KIND ...`.
 
-    frames PORT PAGES COUNT    a primary's part of a session: a first pass, then COUNT checkpoints of PAGES pages,
-                               two on their way at most, as the daemon sends them
+    frames PORT PAGES COUNT    a primary's part of a session: a first pass, then COUNT checkpoints of PAGES
+                               pages, two on their way at most, as the daemon sends them
     file PORT BYTES            BYTES of a memfd by sendfile, nothing else
     chunks FD BYTES CHUNK      BYTES into the socket FD in writes of CHUNK bytes, as QEMU writes to a socket
 """
@@ -82,11 +82,15 @@ def chunks(fd: int, size: int, chunk: int) -> None:
 
 def main(arguments: list[str]) -> None:
     """Do what the command line says."""
-    kind, *numbers = arguments
-    if kind == "frames":
-        trio.run(frames, *map(int, numbers))
-    else:
-        {"file": file, "chunks": chunks}[kind](*map(int, numbers))
+    kind, numbers = arguments[0], [int(word) for word in arguments[1:]]
+    match kind:
+        case "frames":
+            port, pages, count = numbers
+            trio.run(frames, port, pages, count)
+        case "file":
+            file(*numbers)
+        case "chunks":
+            chunks(*numbers)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Stop times by QEMU's own clock: the recorder, and the variants that make QEMU take checkpoints.
 
-A STOP and the RESUME after it, both stamped by QEMU in microseconds, are one stop. All variants protect the same
-running guest in turn, with the same epoch, from the same process: what differs is who the peer is.
+A STOP and the RESUME after it, both stamped by QEMU in microseconds, are one stop. All variants protect the
+same running guest in turn, with the same epoch: what differs is who the peer is.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _FLOOR = Path(__file__).with_name("floor.c")
 
 _SYNCED = re.compile(r"migration_bitmap_sync_end dirty_pages (\d+)")
 
-#: Stops thrown away at the start of a visit, for every variant: the end of the first pass, and buffers that are
-#: touched for the first time.
+#: Stops thrown away at the start of a visit, for every variant: the end of the first pass, and the first use
+#: of each buffer.
 WARM_UP = 6
 
 #: What a capture buffer of the floor and of the engine alone holds.
@@ -132,26 +132,23 @@ class Floor:
             async with _colo(bench, _REQUEST_DELAY):
                 await bench.qmp.hand_over("curling-bench", theirs.fileno())
                 theirs.close()
-                process = subprocess.Popen(
-                    command, pass_fds=[ours.fileno()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-                )
-                with process:
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+                with subprocess.Popen(command, pass_fds=[ours.fileno()], **pipes) as process:
                     try:
                         ours.close()
                         await bench.qmp.execute("migrate", {"uri": "fd:curling-bench"})
                         await _until_colo(events)
                         assert process.stdin is not None and process.stdout is not None
-                        process.stdin.write("c")
+                        process.stdin.write(b"c")
                         process.stdin.flush()
                         stops = await record(events, count)
-                        lines = await trio.to_thread.run_sync(
-                            lambda: [process.stdout.readline().split() for _ in range(wanted)]
-                        )
+                        lines = [process.stdout.readline().split() for _ in range(wanted)]
                         await lose(bench.qmp)
                     finally:
                         process.kill()
         taken = [[float(word) for word in line] for line in lines[WARM_UP:]]
-        return Visit(stops, [line[0] for line in taken], {"peer_ms": median([line[3] / 1e6 for line in taken])})
+        peer_ms = median([line[3] / 1e6 for line in taken])
+        return Visit(stops, [line[0] for line in taken], {"peer_ms": peer_ms})
 
 
 class Stock:
@@ -212,7 +209,8 @@ class EngineAlone:
         peer: list[float] = []
 
         async def protect() -> None:
-            async with open_incremental(bench.qmp, bench.choice, EngineOptions(_REQUEST_DELAY, 10.0)) as engine:
+            options = EngineOptions(_REQUEST_DELAY, stop_limit=10.0)
+            async with open_incremental(bench.qmp, bench.choice, options) as engine:
                 await engine.first_pass(sink)
                 due = trio.current_time()
                 for _ in range(WARM_UP + count):

@@ -1,4 +1,4 @@
-"""How fast a backup takes checkpoints, next to what the machine can do at all; and splice against recv_into."""
+"""How fast a backup takes checkpoints, next to what the machine can do at all; splice against recv_into."""
 
 from __future__ import annotations
 
@@ -132,7 +132,8 @@ def socat(total: int, block: int) -> float:
     """GB/s that `socat` takes from loopback TCP into /dev/null, the sender being ours (sendfile)."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = ["socat", "-u", "-b", str(block), f"TCP-LISTEN:{port},bind=127.0.0.1,reuseaddr", "OPEN:/dev/null"]
+    listen = f"TCP-LISTEN:{port},bind=127.0.0.1,reuseaddr"
+    command = ["socat", "-u", "-b", str(block), listen, "OPEN:/dev/null"]
     buffer = Buffer("bench-file", 128 << 20, prefault=128 << 20)
     with subprocess.Popen(command) as receiver:
         with _connect(port) as sock:
@@ -145,7 +146,7 @@ def socat(total: int, block: int) -> float:
 
 
 def receiver(how: str, total: int, frame: int) -> dict[str, float]:
-    """GB/s and CPU from loopback TCP into a memfd, by `splice` (through a pipe) or `recv_into` (its mapping)."""
+    """GB/s and CPU from loopback TCP to a memfd, by `splice` (through a pipe) or `recv_into` (its mapping)."""
     buffer = Buffer("bench-staging", frame, prefault=frame)
     with socket.create_server(("127.0.0.1", 0)) as server, _sender("file", server.getsockname()[1], total):
         sock, _ = server.accept()

@@ -27,8 +27,8 @@ _QEMU_ITSELF = 64 << 20
 class Standby:
     """A waiting QEMU. Owns its process, the RAM images it maps, and its directory.
 
-    It is started twice: first to rehearse, with memory that its writes do not change, and again to wait, once it
-    has shown that it can load a checkpoint of this VM. Made by `start_standby`.
+    It is started twice: first to rehearse, with memory that its writes do not change, and again to wait, once
+    it has shown that it can load a checkpoint of this VM. Made by `start_standby`.
     """
 
     def __init__(

@@ -299,7 +299,7 @@ MACHINES: dict[str, list[str]] = {
     ],
     "DIMMs of files and of memory": [
         "-machine", "pc", "-m", "size=64M,slots=4,maxmem=1G",
-        "-object", "memory-backend-file,id=d0,size=33M,mem-path={tmp}/d0,share=on",
+        "-object", "memory-backend-file,id=d0,size=32M,mem-path={tmp}/d0,share=on",
         "-device", "pc-dimm,memdev=d0,id=dimm0",
         "-object", '{"qom-type":"memory-backend-ram","id":"d1","size":67108864}',
         "-device", '{"driver":"pc-dimm","memdev":"d1","id":"dimm1"}',

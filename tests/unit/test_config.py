@@ -238,7 +238,7 @@ def test_a_wrong_value_in_a_table_is_named_with_its_table(
         ("autostart = true", "autostart", "needs qmp"),
         ('peer = "127.0.0.1:9271"', "peer", "where this daemon itself listens"),
         ('arbiter = "file"', "arbiter_directory", "missing"),
-        ('shortest_epoch = "1s"', "shortest_epoch", "1 s is more than longest_epoch (500 ms)"),
+        ('shortest_epoch = "1s"', "shortest_epoch", "1 s is more than longest_epoch (100 ms)"),
         ('shared_disks = ["a", "b"]\nscratch_disks = ["b"]', "scratch_disks", "b is in shared_disks too"),
     ],
 )
