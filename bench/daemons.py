@@ -138,14 +138,15 @@ async def failovers(qemu: Executable, memory: str, used: int, count: int) -> dic
         used: pages of it that the guest's program has filled.
 
     Returns:
-        `failover_ms`, from the decision to the running guest as the daemon reports it; `ordered_ms`, from our call
-        of Failover to QEMU's own RESUME.
+        `failover_ms`, from the decision to the running guest as the daemon reports it; `ordered_ms`, from our
+        call of Failover to QEMU's own RESUME.
     """
     reported: list[float] = []
     ordered: list[float] = []
     first: list[float] = []
     for _ in range(count):
-        async with primary(qemu, memory, used) as bench, two_daemons(bench, **epoch_keys(0.05)) as (alpha, beta):
+        keys = epoch_keys(0.05)
+        async with primary(qemu, memory, used) as bench, two_daemons(bench, **keys) as (alpha, beta):
             await bench.vm.send("d 200")
             with explained(alpha, beta):
                 await alpha.call("Protect", name=VM)

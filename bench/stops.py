@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
+from subprocess import PIPE
 from typing import Protocol
 
 import trio
@@ -132,8 +133,7 @@ class Floor:
             async with _colo(bench, _REQUEST_DELAY):
                 await bench.qmp.hand_over("curling-bench", theirs.fileno())
                 theirs.close()
-                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-                with subprocess.Popen(command, pass_fds=[ours.fileno()], **pipes) as process:
+                with subprocess.Popen(command, pass_fds=[ours.fileno()], stdin=PIPE, stdout=PIPE) as process:
                     try:
                         ours.close()
                         await bench.qmp.execute("migrate", {"uri": "fd:curling-bench"})

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import trio
 
@@ -23,7 +23,6 @@ from curling_fd.link.transport import PIPE_SIZE, FrameLink
 from curling_fd.replica.image import Replica
 from curling_fd.service.backup import BackupSession
 from curling_fd.service.statistics import Counters
-from curling_fd.standby.process import StandbyProcess
 from curling_fd.system.buffers import Buffer
 
 _GB = 1e9
@@ -33,12 +32,8 @@ QEMU_CHUNK = 32 * 4104
 
 _MAX_RAW = 256 << 20
 
-
-class _NoStandby:
-    """A standby that waits and does nothing: none is needed to take checkpoints."""
-
-    async def wait_failed(self) -> None:
-        await trio.sleep_forever()
+#: As curlingd has it.
+SWITCH_INTERVAL = 0.0005
 
 
 def commit(pages: int, total: int) -> dict[str, float]:
@@ -69,10 +64,18 @@ def commit(pages: int, total: int) -> dict[str, float]:
             replica = Replica([(RAM, image)])
             counters = Watched()
             session = BackupSession(
-                link, replica, cast(StandbyProcess, _NoStandby()), counters,
-                generation=GENERATION, max_raw=_MAX_RAW, heartbeat_interval=0.1, failure_timeout=30.0,
+                link,
+                replica,
+                counters,
+                generation=GENERATION,
+                max_raw=_MAX_RAW,
+                heartbeat_interval=0.1,
+                failure_timeout=30.0,
+                # No standby is needed to take checkpoints.
+                rehearse=trio.lowlevel.checkpoint,
+                standby_failed=trio.sleep_forever,
                 committed=lambda: None,
-            )  # fmt: skip
+            )
             await session.run()
             link.close()
         replica.close()
@@ -88,7 +91,12 @@ def commit(pages: int, total: int) -> dict[str, float]:
             "checkpoint_mb": size / (count - 1 - start) / 1e6,
         }
 
-    return trio.run(run)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    try:
+        return trio.run(run)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def stages(pages: int, repeat: int = 8) -> dict[str, float]:
@@ -106,7 +114,7 @@ def stages(pages: int, repeat: int = 8) -> dict[str, float]:
         start = time.perf_counter()
         digest(b"", whole.view)
         spent["digest"] += (digested := time.perf_counter()) - start
-        _, staged = replica.stage(sequence, whole.view, size)
+        staged = replica.stage(sequence, whole.view, size)
         spent["stage"] += (checked := time.perf_counter()) - digested
         replica.commit(staged)
         spent["apply"] += time.perf_counter() - checked
@@ -146,7 +154,7 @@ def socat(total: int, block: int) -> float:
 
 
 def receiver(how: str, total: int, frame: int) -> dict[str, float]:
-    """GB/s and CPU from loopback TCP to a memfd, by `splice` (through a pipe) or `recv_into` (its mapping)."""
+    """From loopback TCP into a memfd, by `splice` (through a pipe) or `recv_into` (to its mapping)."""
     buffer = Buffer("bench-staging", frame, prefault=frame)
     with socket.create_server(("127.0.0.1", 0)) as server, _sender("file", server.getsockname()[1], total):
         sock, _ = server.accept()

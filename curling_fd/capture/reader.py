@@ -36,6 +36,7 @@ class Captured:
         pages: page records among the RAM sections, fill pages included.
         boundary_us: wall clock at the boundary, microseconds since the Unix epoch.
         seconds: from our REPLY to our LOADED.
+        released_us: wall clock when QEMU was told to let the guest go on; 0 if it goes on by itself.
     """
 
     buffer: Buffer
@@ -44,6 +45,7 @@ class Captured:
     pages: int
     boundary_us: int
     seconds: float
+    released_us: int = 0
 
 
 def migration_socketpair() -> tuple[socket.socket, socket.socket]:
@@ -129,6 +131,7 @@ class CheckpointReader:
             raise CheckpointTooLarge(limit)
         while have < end:
             have = self._fill(view, have, limit, deadline)
+        released_us = time.time_ns() // 1000
         if resume:
             self.release()
         seconds = time.perf_counter() - started
@@ -138,7 +141,7 @@ class CheckpointReader:
         # The announcement goes out of the way, so that RAM and device state are one piece.
         view[ram : ram + device] = view[ram + colo.SIZE_MESSAGE_SIZE : end]
         self._last_block = scanner.last_block
-        return Captured(buffer, ram, device, scanner.pages + scanner.fills, boundary_us, seconds)
+        return Captured(buffer, ram, device, scanner.pages + scanner.fills, boundary_us, seconds, released_us)
 
     def release(self) -> None:
         """Let the guest go on after its checkpoint."""

@@ -207,7 +207,7 @@ def details(vm: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"{milliseconds(numbers.get('stop_ms_p99'))} 99th percentile",
             ),
             ("pages", f"{count(numbers.get('pages_last'))} last, {count(numbers.get('pages_p50'))} median"),
-            ("sent", f"{size(numbers.get('bytes_last'))} last, {size(numbers.get('bytes_total'))} in all"),
+            ("data", f"{size(numbers.get('bytes_last'))} last, {size(numbers.get('bytes_total'))} in all"),
             ("lag", milliseconds(numbers.get("lag_ms"))),
             ("first pass", milliseconds(numbers.get("first_pass_ms") or None)),
         ]

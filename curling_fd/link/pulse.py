@@ -24,15 +24,15 @@ async def keep_pulse(link: FrameLink, generation: int, interval: float) -> None:
 async def watch_pulse(link: FrameLink, timeout: float) -> None:
     """Return never; raise LinkLost once the peer has been silent for `timeout` seconds from now on.
 
-    Silence only counts while we listened: if this process itself was stopped or starved past the deadline,
-    what the peer sent meanwhile may still lie unread, and the peer gets its time again.
+    Silence only counts while we listened: if this process itself was stopped or starved past the deadline, or
+    was busy with what the peer had sent before, more of it may lie unread, and the peer gets its time again.
     """
     link.statistics.heard = trio.current_time()
     while True:
         deadline = link.statistics.heard + timeout
         await trio.sleep_until(deadline)
         late = trio.current_time() - deadline
-        if late > timeout / 4:
+        if late > timeout / 4 or not link.listening:
             link.statistics.heard = trio.current_time()
         elif link.statistics.heard + timeout <= trio.current_time():
             silent = trio.current_time() - link.statistics.heard

@@ -64,7 +64,11 @@ class Received:
 
 @define
 class LinkStatistics:
-    """Bytes and frames of one link, and when it was last heard (trio's clock, seconds)."""
+    """Bytes and frames of one link.
+
+    Attributes:
+        heard: when the peer was last heard, or we began to listen again (trio's clock, seconds).
+    """
 
     sent: int = 0
     received: int = 0
@@ -85,6 +89,9 @@ class FrameLink:
         max_raw: longest BULK or CHECKPOINT payload that is taken, in bytes.
         acquire: gives the buffer for such a payload; waiting in it stops the sender (I6).
         release: takes a buffer back when its frame broke off.
+
+    Attributes:
+        listening: what the peer sends is noticed: not while its last frame is seen to, or waits for a buffer.
     """
 
     def __init__(
@@ -101,6 +108,7 @@ class FrameLink:
         self.max_raw = max_raw
         self.acquire = acquire
         self.release = release
+        self.listening = False
         self.statistics = LinkStatistics()
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._pipe_out, self._pipe_in = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -146,17 +154,21 @@ class FrameLink:
             FrameError: what came is not a frame; the link is of no more use.
             LinkLost: the connection ended.
         """
-        await self._wait(trio.lowlevel.wait_readable)
-        with self._whole_frame():
-            head = await self._receive_bytes(HEADER_SIZE)
-            header = Header.decode(head, max_raw=self.max_raw)
-            if header.kind not in RAW:
-                payload = await self._receive_bytes(header.length)
-                trailer = await self._receive_bytes(TRAILER_SIZE)
-                check_trailer(trailer, header.sequence, digest(head, payload))
-                received = Received(header, decode_json(payload))
-        if header.kind in RAW:
-            received = await self._receive_raw(header, head)
+        self._listen()
+        try:
+            await self._wait(trio.lowlevel.wait_readable)
+            with self._whole_frame():
+                head = await self._receive_bytes(HEADER_SIZE)
+                header = Header.decode(head, max_raw=self.max_raw)
+                if header.kind not in RAW:
+                    payload = await self._receive_bytes(header.length)
+                    trailer = await self._receive_bytes(TRAILER_SIZE)
+                    check_trailer(trailer, header.sequence, digest(head, payload))
+                    received = Received(header, decode_json(payload))
+            if header.kind in RAW:
+                received = await self._receive_raw(header, head)
+        finally:
+            self.listening = False
         self.statistics.frames_received += 1
         return received
 
@@ -179,7 +191,9 @@ class FrameLink:
     async def _receive_raw(self, header: Header, head: bytes) -> Received:
         if self.acquire is None or self.release is None:
             raise FrameError(f"a {header.kind.name} frame before it was agreed")
+        self.listening = False
         buffer = await self.acquire()
+        self._listen()
         try:
             await self._splice(buffer.fd, header.length)
             trailer = await self._receive_bytes(TRAILER_SIZE)
@@ -196,12 +210,14 @@ class FrameLink:
 
     async def _splice(self, fd: int, length: int) -> None:
         """Move `length` bytes from the socket to the start of the file `fd` (borrowed)."""
-        sock, moved = self._socket.fileno(), 0
+        moved = turn = 0
         while moved < length:
+            if moved - turn >= _SLICE:
+                await trio.lowlevel.checkpoint()
+                turn = moved
+            sock, wanted = self._fileno(), min(length - moved, self._pipe_size)
             try:
-                count = os.splice(
-                    sock, self._pipe_in, min(length - moved, self._pipe_size), flags=_SPLICE_FLAGS
-                )
+                count = os.splice(sock, self._pipe_in, wanted, flags=_SPLICE_FLAGS)
             except BlockingIOError:
                 await self._wait(trio.lowlevel.wait_readable)
                 continue
@@ -217,8 +233,9 @@ class FrameLink:
 
     async def _send_file(self, fd: int, length: int, scope: trio.CancelScope) -> None:
         """Send the first `length` bytes of the file `fd` (borrowed); moves the deadline of `scope` on."""
-        sock, sent = self._socket.fileno(), 0
+        sent = 0
         while sent < length:
+            sock = self._fileno()
             try:
                 count = os.sendfile(sock, fd, sent, min(_SLICE, length - sent))
             except BlockingIOError:
@@ -257,9 +274,21 @@ class FrameLink:
 
     async def _wait(self, ready: Callable[[int], Awaitable[None]]) -> None:
         try:
-            await ready(self._socket.fileno())
+            await ready(self._fileno())
         except (OSError, trio.ClosedResourceError) as error:
             raise LinkLost(_why(error)) from None
+
+    def _fileno(self) -> int:
+        """The socket's fd. To be asked for after every wait: another task may have closed the link meanwhile,
+        and the number be another file's now.
+        """
+        if self._closed:
+            raise LinkLost("the link was closed here")
+        return self._socket.fileno()
+
+    def _listen(self) -> None:
+        self.listening = True
+        self.statistics.heard = trio.current_time()
 
     def _heard(self, count: int) -> None:
         self.statistics.received += count

@@ -20,7 +20,7 @@ from pathlib import Path
 import trio
 
 from curling_fd import __version__
-from curling_fd.errors import ConfigError, CurlingError, FrameError, NoSuchVm, PeerIncompatible
+from curling_fd.errors import ConfigError, CurlingError, FrameError, LinkLost, NoSuchVm, PeerIncompatible
 from curling_fd.link.frames import PROTOCOL, Kind
 from curling_fd.link.transport import FrameLink, Received
 from curling_fd.sentences import sentence
@@ -119,8 +119,10 @@ class Daemon:
             finally:
                 self._strangers -= 1
             await vm.follow(link, hello)
+        except LinkLost:
+            pass  # somebody looked whether we are here
         except CurlingError as error:
-            _logger.warning("a link from another host ended: %s", error)
+            _logger.warning("a link from another host was refused: %s", error)
         finally:
             link.close()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 import trio
 from attrs import frozen
@@ -18,6 +19,7 @@ from curling_fd.capture.engine import Engine
 from curling_fd.capture.intake import PIECE
 from curling_fd.capture.reader import Captured
 from curling_fd.errors import (
+    CheckpointTimeout,
     EngineFailed,
     FrameError,
     GuestEnded,
@@ -36,7 +38,7 @@ from curling_fd.qmp.client import EventStream, QmpClient
 from curling_fd.qmp.protocol import Event
 from curling_fd.service.pace import Pace
 from curling_fd.service.statistics import Counters
-from curling_fd.service.stops import StopWatcher
+from curling_fd.service.stops import StopWatcher, Window
 from curling_fd.system.buffers import Buffer, BufferPool, PoolStatistics
 from curling_fd.system.nursery import open_nursery
 
@@ -45,6 +47,9 @@ _PASS_BUFFERS = 4
 
 #: Seconds after the capture broke off within which QEMU's own end explains it.
 _QEMU_LAST_WORDS = 1.0
+
+#: Seconds within which QEMU, asked to let the guest go on, says that it does.
+_START_LIMIT = 10.0
 
 #: Seconds the backup may take to load a handed-over VM and run it.
 HANDOVER_TIMEOUT = 15.0
@@ -147,12 +152,14 @@ class PrimarySession:
         self._pool = BufferPool("curling-capture", options.buffers, options.max_checkpoint)
         self._flights: deque[tuple[int, Captured]] = deque()
         self._sequence = 0
+        self._committed = 0
         self._capturing = trio.Lock()
         self._stirred = trio.Event()  # replaced at each stir: something the capture waits for changed
         self._switching = False
         self._capture_began: float | None = None
         self._end = trio.Event()
         self._end_reason = ""
+        self._guest_end: str | None = None
 
     def pool_statistics(self) -> PoolStatistics:
         return self._pool.statistics()
@@ -172,7 +179,10 @@ class PrimarySession:
                 nursery.start_soon(self._watch)
                 nursery.start_soon(self._notice_end)
                 started = trio.current_time()
+                whole = Window.PRECOPY if self._window is Window.LOOP else self._window
+                self.stops.window_opens(whole, _now_us(), counting=False)
                 await self._engine.first_pass(self._pass)
+                await self._guest_started()
                 self._counters.first_pass_ms = (trio.current_time() - started) * 1000
                 send, receive = trio.open_memory_channel[tuple[int, Captured]](0)
                 nursery.start_soon(self._ship_all, receive)
@@ -203,12 +213,11 @@ class PrimarySession:
 
     async def pause(self) -> None:
         """Stop the guest between two checkpoints, so that QEMU's checkpoint loop cannot start it again."""
-        async with self._capturing:
-            await self._qmp.execute("stop")
+        await self._order("stop", paused=True)
 
     async def resume(self) -> None:
-        async with self._capturing:
-            await self._qmp.execute("cont")
+        """Let a paused guest run."""
+        await self._order("cont", paused=False)
 
     async def hand_over(self, reason: str) -> int:
         """Tell the backup to run the VM from the last commit; returns the VM's new generation there.
@@ -220,7 +229,7 @@ class PrimarySession:
             LinkError: no answer: the backup may run it or not.
         """
         content = {"reason": reason, "paused": self.stops.paused}
-        await self._link.send(Kind.HANDOVER, self._generation, self._sequence, content)
+        await self._link.send(Kind.HANDOVER, self._generation, self._committed, content)
         with trio.move_on_after(HANDOVER_TIMEOUT):
             while True:
                 received = await self._link.receive()
@@ -234,6 +243,10 @@ class PrimarySession:
     def _generation(self) -> int:
         return self._options.generation
 
+    @property
+    def _window(self) -> Window:
+        return Window.LOOP if self._engine.name == "incremental" else Window(self._engine.name)
+
     def _stir(self) -> None:
         self._stirred.set()
         self._stirred = trio.Event()
@@ -242,15 +255,19 @@ class PrimarySession:
         boundary = trio.current_time() - self._options.pace.longest
         while True:
             await self._engine.ready()
-            await self._until_due(boundary)
-            buffer = await self._pool.acquire()
-            last = self._switching
-            async with self._capturing:
-                if self.stops.paused and not last:
-                    self._pool.release(buffer)
-                    continue
-                boundary = trio.current_time()
-                captured = await self._capture(buffer, resume=not last)
+            captured: Captured | None = None
+            while captured is None:
+                await self._until_due(boundary)
+                buffer = await self._pool.acquire()
+                try:
+                    async with self._capturing:
+                        last = self._switching
+                        if last or not self.stops.paused:  # else paused while we waited
+                            boundary = trio.current_time()
+                            captured = await self._capture(buffer, resume=not last)
+                finally:
+                    if captured is None:
+                        self._pool.release(buffer)
             self._counters.captured(captured.pages, captured.ram + captured.device)
             self._flights.append((self._sequence, captured))
             await channel.send((self._sequence, captured))
@@ -260,24 +277,53 @@ class PrimarySession:
                 return
 
     async def _capture(self, buffer: Buffer, *, resume: bool) -> Captured:
-        """Take the next checkpoint. A pause ordered while QEMU began it is ordered again afterwards."""
+        """Take the next checkpoint; the guest runs again when this returns, unless `resume` is False."""
         sequence = self._sequence + 1
         self._capture_began = trio.current_time()
-        self.stops.window_opens(time.time_ns() // 1000)
+        self.stops.window_opens(self._window, _now_us())
         try:
             captured = await self._engine.checkpoint(
                 buffer, lambda: self._output.barrier(sequence), resume=resume
             )
-        except BaseException:
-            buffer.close()
-            raise
+            if resume:
+                await self._guest_started()
+                if (self.stops.started_us or 0) < captured.released_us:
+                    # By a `cont` on another monitor: the checkpoint is of no single moment.
+                    raise EngineFailed(self._engine.name, "the guest was started during a checkpoint")
         finally:
-            self.stops.window_closes(time.time_ns() // 1000)
             self._capture_began = None
         self._sequence = sequence
-        if self.stops.paused and resume:
-            await self._qmp.execute("stop")
         return captured
+
+    async def _guest_started(self) -> None:
+        """Wait until QEMU has said that the guest goes on after a checkpoint; `_on_event` pauses it again.
+
+        Raises:
+            CheckpointTimeout: it did not say so.
+        """
+        if self._window is Window.SNAPSHOT:
+            # It has said so, if it started the guest: newer ones leave a paused guest as it is.
+            self.stops.window_closes(_now_us())
+            return
+        with trio.move_on_after(_START_LIMIT):
+            while self.stops.started_us is None:
+                await self._stirred.wait()
+        if self.stops.started_us is None:
+            raise CheckpointTimeout(_START_LIMIT, "the guest to go on")
+
+    async def _order(self, command: str, *, paused: bool) -> None:
+        """Carry out what an operator orders, between two checkpoints: within one QEMU would forget it."""
+        async with self._capturing:
+            await self._qmp.execute(command)
+            changed = self.stops.order(paused)
+        if changed:
+            with suppress(LinkError):  # the session notices
+                await self._tell_paused()
+
+    async def _tell_paused(self) -> None:
+        self._stir()
+        self._callbacks.paused(self.stops.paused)
+        await self._link.send(Kind.NOTE, self._generation, content={"paused": self.stops.paused})
 
     async def _until_due(self, boundary: float) -> None:
         """Wait until a checkpoint is due, the guest not being paused; or a switch is wanted."""
@@ -326,6 +372,7 @@ class PrimarySession:
         _, captured = self._flights.popleft()
         self._pool.release(captured.buffer)
         self._output.release(sequence)
+        self._committed = sequence
         self._counters.commit(sequence)
         if sequence == 1:
             self._callbacks.committed()
@@ -339,14 +386,21 @@ class PrimarySession:
     async def _on_event(self, event: Event) -> None:
         ended = how_it_ended(event)
         if ended is not None:
+            self._guest_end = ended
             raise GuestEnded(ended)
-        if event.name in ("STOP", "RESUME") and self.stops.feed(event):
-            self._callbacks.paused(self.stops.paused)
-            await self._link.send(Kind.NOTE, self._generation, content={"paused": self.stops.paused})
+        run_state = await self._qmp.status() if self.stops.must_look(event) else None
+        changed = self.stops.feed(event, run_state)
+        if event.name == "RESUME":
             self._stir()
+            if self.stops.paused:  # a checkpoint that was under way has started it
+                await self._qmp.execute("stop")
+        if changed:
+            await self._tell_paused()
 
     async def _explain(self, error: Exception) -> None:
         """Look whether QEMU's end is behind `error`, and raise that instead."""
+        if self._guest_end is not None:
+            raise GuestEnded(self._guest_end) from error
         with trio.move_on_after(_QEMU_LAST_WORDS):
             async for event in self._events:
                 ended = how_it_ended(event)
@@ -364,6 +418,10 @@ def how_it_ended(event: Event) -> str | None:
     if event.name == "GUEST_PANICKED" and event.data.get("action") != "run":
         return "the guest's kernel panicked"
     return None
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000
 
 
 def refusal(received: Received) -> LinkError:

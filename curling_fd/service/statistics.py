@@ -13,14 +13,17 @@ WINDOW = 1000
 
 @frozen
 class Statistics:
-    """A VM's protection in numbers; fields in milliseconds, bytes and pages as their names say."""
+    """A VM's protection in numbers; fields in milliseconds, bytes and pages as their names say.
+
+    Stop times are known only where the guest runs, and detection and failover only after one.
+    """
 
     checkpoints: int
     committed: int
     checkpoints_per_s: float
-    stop_ms_last: float
-    stop_ms_p50: float
-    stop_ms_p99: float
+    stop_ms_last: float | None
+    stop_ms_p50: float | None
+    stop_ms_p99: float | None
     pages_last: int
     pages_p50: int
     bytes_last: int
@@ -71,9 +74,9 @@ class Counters:
             checkpoints=self.checkpoints,
             committed=self.committed,
             checkpoints_per_s=round(self._rate(), 1),
-            stop_ms_last=round(self._stops[-1], 3) if self._stops else 0.0,
-            stop_ms_p50=round(percentile(self._stops, 50), 3),
-            stop_ms_p99=round(percentile(self._stops, 99), 3),
+            stop_ms_last=round(self._stops[-1], 3) if self._stops else None,
+            stop_ms_p50=round(percentile(self._stops, 50), 3) if self._stops else None,
+            stop_ms_p99=round(percentile(self._stops, 99), 3) if self._stops else None,
             pages_last=self._pages[-1] if self._pages else 0,
             pages_p50=int(percentile(self._pages, 50)),
             bytes_last=self._bytes[-1] if self._bytes else 0,

@@ -1,56 +1,98 @@
-"""Whose stop was it? Tells the checkpoints' stops from the operator's pauses, by QEMU's own clock.
+"""Whose stop was it? Tells the checkpoints' stops from the operator's pauses.
 
-QEMU reports every stop and start of the guest with STOP and RESUME, stamped in microseconds of the same
-wall clock as ours, and does not say who asked. A stop inside a checkpoint's window is the checkpoint's; any
-other is a pause somebody ordered. QEMU's checkpoint loop starts a paused guest again, so no checkpoint may be
-taken while it is paused, and one that was under way must be followed by a new `stop`.
+QEMU reports every stop and start of the guest with STOP and RESUME, in order and stamped in microseconds of
+the same wall clock as ours, and does not say who asked. A checkpoint stops the guest at most once and then
+starts it, be it that an operator had paused it before. So from `window_opens` to the next RESUME both are the
+checkpoint's, and every other stop is a pause that somebody ordered. Two kinds of checkpoint take longer than
+their stop, and tell more:
+
+    snapshot     QEMU stops the guest right after the migration has become `active`
+    precopy      and the first pass of incremental: the guest runs until QEMU's state is `finish-migrate`
+
+Since a paused guest is started by the checkpoint that was under way, the pause must then be ordered again;
+and while it lasts no checkpoint is taken.
+
+One thing cannot be told: a `stop` on another monitor while the guest stands still for a checkpoint of the
+loop, or is just about to. QEMU answers it, and starts the guest after the checkpoint all the same.
 """
 
 from __future__ import annotations
 
 import math
+from enum import Enum
 
 from curling_fd.qmp.protocol import Event
 from curling_fd.service.statistics import Counters
 
 
+class Window(Enum):
+    """What a window frames: a checkpoint of QEMU's loop, or a whole migration."""
+
+    LOOP = "loop"
+    SNAPSHOT = "snapshot"
+    PRECOPY = "precopy"
+
+
 class StopWatcher:
-    """Follows STOP and RESUME. `window_opens` and `window_closes` frame each checkpoint.
+    """Follows STOP, RESUME and MIGRATION. Times are microseconds since the Unix epoch.
 
     Attributes:
         paused: the operator wants the guest to stand still.
+        started_us: when the guest was started again in, or after, the last window; None until then.
     """
 
     def __init__(self, counters: Counters) -> None:
         self.paused = False
+        self.started_us: int | None = 0
         self._counters = counters
-        # The first pass ends with a stop too: until the first checkpoint every stop is ours.
+        self._window = Window.LOOP
+        self._counting = False
         self._opened = 0.0
-        self._closed = math.inf
-        self._first_pass = True
+        self._closed = 0.0
+        self._active = False
         self._stopped_at: int | None = None
 
-    def window_opens(self, now_us: int) -> None:
-        """A checkpoint begins: a stop from `now_us` on is its own."""
-        self._opened, self._closed, self._first_pass = now_us, math.inf, False
+    def window_opens(self, window: Window, now_us: int, *, counting: bool = True) -> None:
+        """A checkpoint begins. Its stop goes into the statistics if `counting`."""
+        self._window, self._counting = window, counting
+        self._opened, self._closed = now_us, math.inf
+        self._active, self._stopped_at, self.started_us = False, None, None
 
     def window_closes(self, now_us: int) -> None:
+        """The checkpoint is over, though the guest was not started: it had been paused before."""
         self._closed = now_us
 
-    def feed(self, event: Event) -> bool:
-        """Take a STOP or RESUME; True if `paused` changed."""
-        ours = self._opened <= event.timestamp_us <= self._closed
+    def must_look(self, event: Event) -> bool:
+        """Whether `feed` needs QEMU's run state to tell whose stop `event` is."""
+        return event.name == "STOP" and self._window is Window.PRECOPY and self._is_ours(event)
+
+    def feed(self, event: Event, run_state: str | None = None) -> bool:
+        """Take an event; True if `paused` changed."""
         before = self.paused
-        if event.name == "STOP":
-            if ours:
+        if event.name == "MIGRATION" and event.data.get("status") == "active":
+            self._active = True
+        elif event.name == "STOP":
+            early = self._window is Window.SNAPSHOT and not self._active
+            if self._is_ours(event) and not early and run_state != "paused":
                 self._stopped_at = event.timestamp_us
             else:
                 self.paused = True
         elif event.name == "RESUME":
-            if self._stopped_at is not None:
-                if not self._first_pass:
-                    self._counters.stopped((event.timestamp_us - self._stopped_at) / 1000)
-                self._stopped_at = None
-            elif not ours:
+            if self._is_ours(event):
+                self._started(event.timestamp_us)
+            else:
                 self.paused = False
         return self.paused != before
+
+    def order(self, paused: bool) -> bool:
+        """Take an operator's word that came by way of us; True if `paused` changed."""
+        before, self.paused = self.paused, paused
+        return paused != before
+
+    def _is_ours(self, event: Event) -> bool:
+        return self.started_us is None and self._opened <= event.timestamp_us <= self._closed
+
+    def _started(self, now_us: int) -> None:
+        if self._stopped_at is not None and self._counting:
+            self._counters.stopped((now_us - self._stopped_at) / 1000)
+        self.started_us = now_us

@@ -25,6 +25,9 @@ PREFAULT = 4 << 20
 #: beyond goes back to the host.
 KEEP = 256 << 20
 
+#: Characters of a memfd's name; the kernel takes 249 bytes, and a RAM block's name can be longer.
+_LONGEST_NAME = 60
+
 
 class Buffer:
     """A memfd of `capacity` bytes (allocated as they are touched) and its mapping, `view`.
@@ -34,7 +37,7 @@ class Buffer:
 
     def __init__(self, name: str, capacity: int, prefault: int = PREFAULT) -> None:
         self.capacity = capacity
-        self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        self.fd = os.memfd_create(name[:_LONGEST_NAME], os.MFD_CLOEXEC)
         try:
             os.ftruncate(self.fd, capacity)
             self._map = mmap.mmap(self.fd, capacity)
@@ -47,7 +50,7 @@ class Buffer:
 
     def _prefault(self, length: int) -> None:
         try:
-            self._map.madvise(_MADV_POPULATE_WRITE, 0, -(-length // mmap.PAGESIZE) * mmap.PAGESIZE)
+            self._map.madvise(_MADV_POPULATE_WRITE, 0, _whole_pages(length))
         except (OSError, ValueError):  # an older kernel: the first checkpoints fault the pages in
             pass
 
@@ -57,8 +60,8 @@ class Buffer:
 
     def trim(self, keep: int = KEEP) -> None:
         """Give memory past the first `keep` bytes back to the host."""
-        if self.capacity > keep and self.allocated() > keep:
-            start = -(-keep // mmap.PAGESIZE) * mmap.PAGESIZE
+        start = _whole_pages(keep)
+        if self.capacity > start and self.allocated() > start:
             self._map.madvise(mmap.MADV_REMOVE, start)
 
     def close(self) -> None:
@@ -121,7 +124,7 @@ class BufferPool:
             buffers=len(self._all),
             free=len(self._free),
             allocated=sum(buffer.allocated() for buffer in self._all if buffer.fd >= 0),
-            limit=self._count * self._capacity,
+            limit=self._count * _whole_pages(self._capacity),
         )
 
     def close(self) -> None:
@@ -129,3 +132,7 @@ class BufferPool:
         self._closed = True
         while self._free:
             self._free.pop().close()
+
+
+def _whole_pages(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -299,11 +299,11 @@ MACHINES: dict[str, list[str]] = {
     ],
     "DIMMs of files and of memory": [
         "-machine", "pc", "-m", "size=64M,slots=4,maxmem=1G",
-        "-object", "memory-backend-file,id=d0,size=32M,mem-path={tmp}/d0,share=on",
+        "-object", "memory-backend-file,id=d0,size=64M,mem-path={tmp}/d0,share=on",
         "-device", "pc-dimm,memdev=d0,id=dimm0",
         "-object", '{"qom-type":"memory-backend-ram","id":"d1","size":67108864}',
         "-device", '{"driver":"pc-dimm","memdev":"d1","id":"dimm1"}',
-        "-object", "memory-backend-memfd,id=d2,size=32M,prealloc=on", "-device", "pc-dimm,memdev=d2,id=dimm2",
+        "-object", "memory-backend-memfd,id=d2,size=64M,prealloc=on", "-device", "pc-dimm,memdev=d2,id=dimm2",
     ],
     "libvirt's way": [
         "-name", "guest=web,debug-threads=on", "-m", "size=65536k",
@@ -433,3 +433,22 @@ async def test_a_whole_migration_goes_into_the_standby_and_on_into_the_next(
         primary.close()
         for standby in standbys:
             standby.close()
+
+
+@pytest.mark.qemu
+async def test_a_dimm_after_an_odd_one_gets_the_same_address(qemu: Executable, tmp_path: Path) -> None:
+    """A file is aligned to 4 KiB and other memory to 2 MiB, and the standby has nothing but files."""
+    argv = [
+        *qemu.argv, "-S", "-accel", "tcg", "-display", "none", "-m", "size=64M,slots=4,maxmem=1G",
+        "-object", f"memory-backend-file,id=d0,size={(64 << 20) + 4096},mem-path={tmp_path}/d0,share=on",
+        "-device", "pc-dimm,memdev=d0,slot=0",
+        "-object", "memory-backend-ram,id=d1,size=64M", "-device", "pc-dimm,memdev=d1,slot=1",
+        "-qmp", f"unix:{tmp_path}/qmp,server=on,wait=off",
+    ]  # fmt: skip
+    primary = await StandbyProcess.start(argv, [], str(tmp_path / "qmp"))
+    async with open_qmp(tmp_path / "qmp") as first:
+        standby = await Waiting.start(first, primary.pid, qemu.path, tmp_path / "there")
+        async with open_qmp(tmp_path / "there/qmp") as second:
+            assert await machine_of(second) == await machine_of(first)
+    primary.close()
+    standby.close()

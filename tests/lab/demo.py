@@ -42,8 +42,8 @@ class Result:
     qemu: str
     checkpoints: int
     checkpoints_per_s: float
-    stop_ms_p50: float
-    stop_ms_p99: float
+    stop_ms_p50: float | None
+    stop_ms_p99: float | None
     pages_p50: int
     detection_ms: float | None
     failover_ms: float | None
@@ -101,7 +101,7 @@ async def show_live(vm: LabVm, primary: Node) -> Round:
         statistics, last = (await primary.show(VM))["statistics"], vm.rounds()[-1]
         say(
             f"  guest round {last.number:6}, corrupt {last.corrupt}   checkpoint {statistics['committed']:5}, "
-            f"{statistics['checkpoints_per_s']:5.1f}/s   stop {statistics['stop_ms_last']:7.2f} ms, "
+            f"{statistics['checkpoints_per_s']:5.1f}/s   stop {statistics['stop_ms_last'] or 0:7.2f} ms, "
             f"{statistics['pages_last']} pages   lag {statistics['lag_ms']:.0f} ms"
         )
     return vm.rounds()[-1]

@@ -72,7 +72,7 @@ def test_trimming_what_is_small_anyway_changes_nothing() -> None:
 def test_closing_frees_everything_and_may_be_done_again() -> None:
     before = open_fds()
     buffer = Buffer("test", MIB)
-    assert open_fds() == before + 1
+    assert open_fds() > before
     buffer.close()
     buffer.close()
     assert open_fds() == before
@@ -147,14 +147,14 @@ async def test_who_waits_gets_the_buffer_that_comes_back(nursery: trio.Nursery) 
 async def test_a_waiter_that_gives_up_takes_nothing_with_it(nursery: trio.Nursery) -> None:
     pool = BufferPool("test", 1, MIB)
     buffer = await pool.acquire()
-    with trio.CancelScope() as scope:
+    scope = trio.CancelScope()
 
-        async def give_up() -> None:
-            with scope:
-                await pool.acquire()
+    async def give_up() -> None:
+        with scope:
+            await pool.acquire()
 
-        nursery.start_soon(give_up)
-        await trio.testing.wait_all_tasks_blocked()
+    nursery.start_soon(give_up)
+    await trio.testing.wait_all_tasks_blocked()
     scope.cancel()
     pool.release(buffer)
     await trio.testing.wait_all_tasks_blocked()

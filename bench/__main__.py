@@ -1,0 +1,132 @@
+"""The numbers of docs/performance.md: `python -m bench`, some fourteen minutes, into build/bench.json.
+
+    python -m bench                     everything
+    python -m bench --parts stops       some of: stops commit sockets failover idle
+    python -m bench --docs              build/bench.json into docs/performance.md
+
+Needs what the tests need (`make setup`): QEMU 11 out of Debian unstable, gcc, socat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from bench import transfer
+from bench.daemons import MAX_CHECKPOINT, Curling, failovers, idle_rate
+from bench.machine import Usage, describe, wait_quiet
+from bench.report import document, summary
+from bench.rounds import LOADS, run_rounds
+from bench.stops import EngineAlone, Floor, Stock, Variant, primary
+from tests.lab.roots import Executable, qemu_binary
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "build" / "bench.json"
+DOCUMENT = ROOT / "docs" / "performance.md"
+
+PARTS = ("commit", "sockets", "failover", "idle", "stops")
+
+_GIB = 1 << 30
+_PAGES_PER_GIB = _GIB // 4096
+
+
+def say(text: str) -> None:
+    """Progress, for people."""
+    print(f"[{time.monotonic() - _STARTED:6.1f} s] {text}", flush=True)
+
+
+_STARTED = time.monotonic()
+
+
+def measure_commit() -> dict[str, Any]:
+    """What a backup takes, stage by stage and whole, next to the machine's own limits."""
+    result: dict[str, Any] = {"memcpy_gb_per_s": transfer.middle(transfer.memcpy, 3)}
+    say(f"memcpy {result['memcpy_gb_per_s']:.1f} GB/s")
+    for block in (8192, 1 << 20):
+        result[f"socat_{block}_gb_per_s"] = transfer.middle(partial(transfer.socat, 2 * _GIB, block), 3)
+        say(f"socat -b {block}: {result[f'socat_{block}_gb_per_s']:.2f} GB/s")
+    rows = []
+    for pages in (250, 1000, 10_000, 30_000):
+        wait_quiet()
+        whole = transfer.middle(partial(transfer.commit, pages, 2 * _GIB), 5, key=lambda r: r["gb_per_s"])
+        rows.append({"pages": pages, **whole, "stages_gb_per_s": transfer.stages(pages)})
+        say(f"commit of {pages} pages: {whole['gb_per_s']:.2f} GB/s, {whole['cpu_s_per_gb']:.2f} CPU s/GB")
+    return result | {"rows": rows}
+
+
+def measure_sockets() -> list[dict[str, Any]]:
+    """splice against recv_into, on the backup's TCP socket and on QEMU's UNIX socket."""
+    rows = []
+    for where, measure in (("receive", transfer.receiver), ("capture", transfer.capture)):
+        for frame in (4 << 20, 40 << 20, 120 << 20):
+            for how in ("splice", "recv_into"):
+                wait_quiet()
+                found = transfer.middle(
+                    partial(measure, how, 2 * _GIB, frame), 5, key=lambda r: r["gb_per_s"]
+                )
+                rows.append({"where": where, "how": how, "frame_mb": frame >> 20, **found})
+                say(f"{where} {frame >> 20} MiB by {how}: {found['gb_per_s']:.2f} GB/s")
+    return rows
+
+
+async def measure_failover(qemu: Executable) -> list[dict[str, Any]]:
+    """From the decision to the running guest, for a small VM and one with 4 GiB, three of them in use."""
+    rows = []
+    for memory, used, count in (("256M", _PAGES_PER_GIB // 8, 5), ("4G", 3 * _PAGES_PER_GIB, 3)):
+        rows.append(found := await failovers(qemu, memory, used, count))
+        say(f"failover with {memory}: {found['failover_ms']} ms")
+    return rows
+
+
+async def measure(parts: list[str], qemu: Executable, budget: float, result: dict[str, Any]) -> None:
+    """Fill `result` part by part."""
+    if "commit" in parts:
+        result["commit"] = await trio.to_thread.run_sync(measure_commit)
+    if "sockets" in parts:
+        result["sockets"] = await trio.to_thread.run_sync(measure_sockets)
+    if "failover" in parts:
+        result["failover"] = await measure_failover(qemu)
+    if "idle" in parts or "stops" in parts:
+        async with primary(qemu) as bench:
+            if "idle" in parts:
+                result["idle"] = await idle_rate(bench, 5.0)
+                say(f"idle: {result['idle']['checkpoints_per_s']:.0f} checkpoints/s")
+            if "stops" in parts:
+                variants: list[Variant] = [Floor(), EngineAlone(), Curling(), Stock()]
+                result["stops"] = await run_rounds(bench, LOADS, variants, budget, say)
+
+
+def main() -> int:
+    """The program."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures Curling.")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    parser.add_argument("--qemu", default="unstable", help="see tests/lab/roots.py; 11 or later")
+    parser.add_argument("--budget", type=float, default=540, help="seconds for the stop times")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--docs", action="store_true", help="only write docs/performance.md from --output")
+    options = parser.parse_args()
+    if options.docs:
+        DOCUMENT.write_text(document(json.loads(options.output.read_text())))
+        return 0
+    qemu = qemu_binary(options.qemu)
+    result: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
+    result |= {"machine": describe(), "qemu": qemu.banner, "max_checkpoint": MAX_CHECKPOINT}
+    before = Usage.now()
+    trio.run(measure, options.parts, qemu, options.budget, result)
+    result["seconds"] = round(time.monotonic() - _STARTED, 1)
+    result["foreign_cpus"] = round(Usage.now().foreign_since(before), 3)
+    options.output.parent.mkdir(exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(summary(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""The results as people read them: a summary on the terminal, and docs/performance.md.
+
+The text around the numbers is in performance.md.in, with a {name} for each table and number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.figures import median, percentile
+
+_TEMPLATE = Path(__file__).with_name("performance.md.in")
+
+#: The targets: stop time against the floor, against stock COLO, bytes a second, failover, rate.
+FLOOR_TARGET = 1.10
+STOCK_TARGETS = {"30k": 0.85}
+STOCK_TARGET = 0.75
+COMMIT_TARGET = 1.0
+FAILOVER_TARGET = 100.0
+SIZE_TARGET = 1.2
+RATE_TARGET = 100.0
+
+_VARIANTS = {
+    "curling": "Curling",
+    "engine": "its engine alone",
+    "floor": "floor (C)",
+    "stock": "stock COLO",
+}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def stops(results: dict[str, Any]) -> str:
+    """Stop times."""
+    rows = []
+    for load in results["stops"]:
+        for name, title in _VARIANTS.items():
+            row = load["variants"][name]
+            rows.append([
+                load["load"], title, f"{row['pages_p50']:.0f}", f"{row['stop_ms_p50']:.2f}",
+                f"{row['stop_ms_p99']:.2f}", str(row["checkpoints"]),
+            ])  # fmt: skip
+    return table(["load", "peer", "pages", "p50 ms", "p99 ms", "checkpoints"], rows)
+
+
+def ratios(results: dict[str, Any]) -> str:
+    """Ratios of stop times, each with what it should be."""
+    rows = []
+    for load in results["stops"]:
+        stock = STOCK_TARGETS.get(load["load"], STOCK_TARGET)
+        for pair, target in (("curling/floor", FLOOR_TARGET), ("curling/stock", stock)):
+            found = load["ratios"][pair]
+            span = f"{found['least']:.2f} to {found['most']:.2f}"
+            rows.append([
+                load["load"], pair, f"{found['median']:.2f}", span, f"± {found['spread']:.0%}",
+                str(load["rounds"]), f"{target:.2f}", _met(found["median"] <= target),
+            ])  # fmt: skip
+    head = ["load", "ratio", "median", "of single rounds", "quartiles", "rounds", "at most", ""]
+    return table(head, rows)
+
+
+def commit(results: dict[str, Any]) -> str:
+    """Backup commit."""
+    found = results["commit"]
+    rows = [
+        [
+            f"commit of {row['pages']} pages ({row['checkpoint_mb']:.1f} MB)", f"{row['gb_per_s']:.2f}",
+            f"{row['cpu_s_per_gb']:.2f}",
+            ", ".join(f"{name} {speed:.1f}" for name, speed in row["stages_gb_per_s"].items()),
+        ]
+        for row in found["rows"]
+    ]  # fmt: skip
+    rows += [
+        ["`socat -b 8192` into /dev/null", f"{found['socat_8192_gb_per_s']:.2f}", "", ""],
+        ["`socat -b 1048576` into /dev/null", f"{found['socat_1048576_gb_per_s']:.2f}", "", ""],
+        ["memcpy", f"{found['memcpy_gb_per_s']:.1f}", "", ""],
+    ]
+    return table(["what", "GB/s", "CPU s/GB", "single stages, GB/s"], rows)
+
+
+def sockets(results: dict[str, Any]) -> str:
+    """splice against recv_into."""
+    names = {"receive": "backup, from TCP", "capture": "primary, from QEMU's UNIX socket"}
+    rows = [
+        [names[row["where"]], f"{row['frame_mb']}", row["how"], f"{row['gb_per_s']:.2f}",
+         f"{row['cpu_s_per_gb']:.2f}"]
+        for row in results["sockets"]
+    ]  # fmt: skip
+    return table(["where", "MiB a frame", "how", "GB/s", "CPU s/GB"], rows)
+
+
+def failover(results: dict[str, Any]) -> str:
+    """From the decision to the running guest."""
+    rows = [
+        [row["ram"], str(row["used_mib"]), _list(row["failover_ms"]), _list(row["ordered_ms"]),
+         f"{median(row['first_pass_ms']) / 1000:.1f}"]
+        for row in results["failover"]
+    ]  # fmt: skip
+    head = ["RAM", "MiB in use", "decision to running, ms", "command to RESUME, ms", "first pass, s"]
+    return table(head, rows)
+
+
+def daemons(results: dict[str, Any]) -> str:
+    """CPU and memory of the daemons, by load."""
+    rows = []
+    for load in results["stops"]:
+        details = load["variants"]["curling"]["details"]
+        rows.append([
+            load["load"], f"{details['rate']:.1f}",
+            f"{details['primary_cpu_s_per_gb']:.2f}", f"{details['backup_cpu_s_per_gb']:.2f}",
+            *(f"{details[f'{side}_{kind}'] / 1e6:.0f}"
+              for side in ("primary", "backup") for kind in ("memory", "memfds")),
+        ])  # fmt: skip
+    head = ["load", "checkpoints/s", "primary CPU s/GB", "backup CPU s/GB", "primary MB", "its memfds MB",
+            "backup MB", "its memfds MB"]  # fmt: skip
+    return table(head, rows)
+
+
+def idle(results: dict[str, Any]) -> str:
+    """The highest rate."""
+    found = results["idle"]
+    return (
+        f"{found['checkpoints_per_s']:.0f} checkpoints a second of {found['pages_p50']:.0f} pages, the guest "
+        f"stopped {found['stop_ms_p50']:.2f} ms for each (p99 {found['stop_ms_p99']:.2f} ms); the primary's "
+        f"daemon uses {found['primary_cpus']:.2f} CPUs, the backup's {found['backup_cpus']:.2f}."
+    )
+
+
+def targets(results: dict[str, Any]) -> str:
+    """Every target and whether it is met."""
+    rows: list[list[str]] = []
+    for load in results.get("stops", []):
+        stock = STOCK_TARGETS.get(load["load"], STOCK_TARGET)
+        for other, target in (("floor", FLOOR_TARGET), ("stock", stock)):
+            found = load["ratios"][f"curling/{other}"]["median"]
+            name = f"stop time against {_VARIANTS[other]}, {load['load']} pages"
+            rows.append([name, f"{found:.2f}", f"at most {target:.2f}", _met(found <= target)])
+    for row in results.get("commit", {}).get("rows", []):
+        speed, name = row["gb_per_s"], f"backup commit, {row['pages']} pages"
+        rows.append([name, f"{speed:.2f} GB/s", f"at least {COMMIT_TARGET:.0f}", _met(speed >= COMMIT_TARGET)])
+    if "failover" in results:
+        small, large = (median(row["failover_ms"]) for row in results["failover"])
+        most = f"at most {FAILOVER_TARGET:.0f}"
+        rows.append(["failover, 256 MiB", f"{small:.0f} ms", most, _met(small <= FAILOVER_TARGET)])
+        ratio, name = large / small, "failover, 4 GiB against 256 MiB"
+        rows.append([name, f"{ratio:.2f}", f"at most {SIZE_TARGET}", _met(ratio <= SIZE_TARGET)])
+    if "idle" in results:
+        rate, least = results["idle"]["checkpoints_per_s"], f"at least {RATE_TARGET:.0f}"
+        rows.append(["checkpoints a second, idle", f"{rate:.0f}", least, _met(rate >= RATE_TARGET)])
+    return table(["what", "measured", "target", ""], rows)
+
+
+def machine(results: dict[str, Any]) -> str:
+    """Where the numbers come from."""
+    found = results["machine"]
+    return (
+        f"{found['cpus']} CPUs ({found['cpu']}), {found['memory_gib']} GiB, Linux {found['kernel']}, Python "
+        f"{found['python']}, {results['qemu']} under TCG. Meanwhile programs that were not part of the "
+        f"measurement used {results['foreign_cpus']:.2f} CPUs on average."
+    )
+
+
+def document(results: dict[str, Any]) -> str:
+    """docs/performance.md."""
+    parts = {
+        "machine": machine, "targets": targets, "stops": stops, "ratios": ratios, "commit": commit,
+        "sockets": sockets, "failover": failover, "daemons": daemons, "idle": idle,
+    }  # fmt: skip
+    text = _TEMPLATE.read_text()
+    for name, make in parts.items():
+        text = text.replace(f"{{{name}}}", make(results))
+    return text
+
+
+def summary(results: dict[str, Any]) -> str:
+    """What was asked and what came out."""
+    return f"{targets(results)}\n\n{machine(results)}\n{results['seconds']:.0f} s in all"
+
+
+def _met(is_met: bool) -> str:
+    return "met" if is_met else "**missed**"
+
+
+def _list(values: Sequence[float]) -> str:
+    return f"{median(values):.0f} ({percentile(values, 0):.0f} to {max(values):.0f})"
