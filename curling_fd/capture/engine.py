@@ -86,3 +86,13 @@ class Engine(Protocol):
     async def resume(self) -> None:
         """Let the guest go on after a checkpoint taken with `resume=False`."""
         ...
+
+    def keep_stopped(self) -> None:
+        """Let nothing but `resume`, or leaving the engine, start a guest that was not resumed.
+
+        Our guard does not any more: the backup may be told to run the VM (I3).
+
+        Raises:
+            LinkLost: a guard has let it go already.
+        """
+        ...

@@ -10,16 +10,18 @@ from __future__ import annotations
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 import trio
 
 from curling_fd.capture import colo
 from curling_fd.capture.colo import Message
 from curling_fd.capture.engine import Description, EngineOptions, PassSink
+from curling_fd.capture.guarding import guarded, hang_up, let_go
 from curling_fd.capture.intake import PassIntake
 from curling_fd.capture.probe import Choice
 from curling_fd.capture.reader import Captured, CheckpointReader, migration_socketpair
-from curling_fd.capture.recover import recover
+from curling_fd.capture.recover import let_go_on, recover
 from curling_fd.capture.settings import migration_settings
 from curling_fd.errors import EngineFailed, QmpError
 from curling_fd.qmp.client import EventStream, QmpClient
@@ -47,6 +49,7 @@ class IncrementalEngine:
 
     async def first_pass(self, sink: PassSink) -> Description:
         with self._qmp.events() as events:
+            self._guard.arm()  # the pass ends with the guest stopped
             await self._qmp.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
             if self._choice.return_path:
                 self._socket.send(colo.RETURN_PATH_SHUT)
@@ -58,6 +61,7 @@ class IncrementalEngine:
             self._socket, description.layout, description.last_block, self._options.stop_limit
         )
         self._socket.send(colo.encode(Message.CHECKPOINT_READY))
+        self._guard.disarm()
         return description
 
     async def _watch(self, events: EventStream, intake: PassIntake) -> None:
@@ -85,20 +89,22 @@ class IncrementalEngine:
         reader = self._reader
         assert reader is not None, "checkpoint before first_pass"
 
-        def take() -> Captured:
-            self._guard.arm()
-            try:
-                return reader.take(buffer, on_boundary, resume=resume)
-            finally:
-                if resume:
-                    self._guard.disarm()
-
-        return await trio.to_thread.run_sync(take)
+        self._guard.arm()
+        captured = await trio.to_thread.run_sync(partial(reader.take, buffer, on_boundary, resume=resume))
+        if resume:
+            self._guard.disarm()
+        # Else, and after a failure, the guest stands still until leaving the engine has let it go.
+        return captured
 
     async def resume(self) -> None:
         assert self._reader is not None
         self._reader.release()
         self._guard.disarm()
+
+    def keep_stopped(self) -> None:
+        self._guard.retire()
+        if self._guard.acted:
+            raise let_go()
 
 
 @asynccontextmanager
@@ -108,6 +114,9 @@ async def open_incremental(
     """Prepare QEMU for checkpoints; on leaving, end them and see the guest run.
 
     Should this process die or freeze in between, a guard process ends them.
+
+    Raises:
+        LinkLost: instead of what followed from it, when the guard did.
     """
     ours, theirs = migration_socketpair()
     capabilities = {"events": True, "x-colo": True}
@@ -118,14 +127,17 @@ async def open_incremental(
         async with migration_settings(qmp, capabilities, parameters):
             await qmp.hand_over(_FD_NAME, theirs.fileno())
             theirs.close()
-            guard = Guard.start_write(qmp.fileno(), LOST_HEARTBEAT, int(options.stop_limit * 1500))
-            try:
-                yield IncrementalEngine(qmp, choice, options, ours, guard)
-            finally:
-                ours.close()
-                with trio.CancelScope(shield=True), suppress(QmpError):  # without QEMU there is no session
-                    await recover(qmp)
-                guard.retire()
+            async with guarded(qmp, LOST_HEARTBEAT, _NAME) as guard:
+                guard.cut(ours)
+                try:
+                    yield IncrementalEngine(qmp, choice, options, ours, guard)
+                finally:
+                    hang_up(ours)
+                    # Without QEMU there is no session.
+                    with trio.CancelScope(shield=True), suppress(QmpError):
+                        await recover(qmp)
+                        # A build whose COLO is broken has completed a migration instead.
+                        await let_go_on(qmp)
     finally:
         ours.close()
         theirs.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 
 from curling_fd.capture.settings import capabilities, set_capabilities
-from curling_fd.errors import CheckpointTimeout
+from curling_fd.errors import CheckpointTimeout, QmpCommandFailed
 from curling_fd.qmp.client import EventStream, QmpClient
 
 #: Seconds for QEMU to end what was under way.
@@ -14,16 +14,25 @@ _TIMEOUT = 10.0
 #: Capabilities we turn on, and a daemon that died could not turn off again.
 _OURS = ("x-colo", "background-snapshot")
 
+#: Run states in which the guest stands still for a reason of its own or an operator's, not for a checkpoint.
+_STANDS = ("paused", "guest-panicked", "io-error", "watchdog")
+
+#: Pause between two `cont` while QEMU finishes a migration, in seconds.
+_AGAIN = 0.001
+
 _UNDER_WAY = ("setup", "active", "device", "pre-switchover", "cancelling", "colo")
 
 
 async def recover(qmp: QmpClient) -> None:
     """End a checkpoint loop or a migration in whatever state it is; nothing happens where there is none.
 
+    QEMU starts the guest at the end of its checkpoint loop. One that stood still before stands still again.
+
     Raises:
         CheckpointTimeout: QEMU did not end it.
     """
-    with qmp.events() as events:
+    with qmp.events() as events, qmp.events() as starts:
+        stands = await qmp.status() in _STANDS
         status = (await qmp.execute("query-migrate")).get("status")
         with trio.move_on_after(_TIMEOUT) as scope:
             if status == "colo":
@@ -31,6 +40,11 @@ async def recover(qmp: QmpClient) -> None:
             elif status in _UNDER_WAY:
                 await qmp.execute("migrate_cancel")
             await until_no_migration(qmp, events)
+            if status == "colo" and stands:
+                async for event in starts:
+                    if event.name == "RESUME":
+                        break
+                await qmp.execute("stop")
     if scope.cancelled_caught:
         raise CheckpointTimeout(_TIMEOUT, "QEMU to end an earlier migration")
     known = await capabilities(qmp)
@@ -43,3 +57,23 @@ async def until_no_migration(qmp: QmpClient, events: EventStream) -> None:
         async for event in events:
             if event.name == "MIGRATION":
                 break
+
+
+async def let_go_on(qmp: QmpClient) -> None:
+    """Let the guest go on that a migration of ours, now over, has stopped: as soon as QEMU takes it.
+
+    Raises:
+        CheckpointTimeout: QEMU did not finish the migration.
+    """
+    if await qmp.status() not in ("postmigrate", "finish-migrate"):
+        return
+    with trio.move_on_after(_TIMEOUT):
+        while True:
+            try:
+                await qmp.execute("cont")
+                return
+            except QmpCommandFailed as error:
+                if "finalized" not in error.description:
+                    raise
+            await trio.sleep(_AGAIN)
+    raise CheckpointTimeout(_TIMEOUT, "QEMU to finish the migration")

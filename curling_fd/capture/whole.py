@@ -16,10 +16,12 @@ from contextlib import asynccontextmanager
 import trio
 
 from curling_fd.capture.engine import Description, EngineOptions, PassSink
+from curling_fd.capture.guarding import guarded, hang_up, let_go
 from curling_fd.capture.intake import PassIntake
 from curling_fd.capture.reader import Captured, migration_socketpair, set_receive_timeout
+from curling_fd.capture.recover import let_go_on
 from curling_fd.capture.settings import migration_settings, set_capabilities
-from curling_fd.errors import CheckpointTimeout, CheckpointTooLarge, EngineFailed, QmpCommandFailed, QmpError
+from curling_fd.errors import CheckpointTimeout, CheckpointTooLarge, EngineFailed, QmpError
 from curling_fd.qmp.client import EventStream, QmpClient
 from curling_fd.system.buffers import Buffer
 from curling_fd.system.guard import Guard
@@ -54,9 +56,6 @@ _SILENCE = 10.0
 
 #: Seconds for QEMU to finish a migration after its last byte.
 _FINISH = 10.0
-
-#: Pause between two `cont` while QEMU finishes the migration, in seconds.
-_AGAIN = 0.001
 
 #: The will of a daemon that dies while a migration has the guest stopped.
 _CONTINUE = b'{"execute":"cont","id":"curling-guard"}\r\n'
@@ -158,7 +157,12 @@ class WholeEngine:
         return captured
 
     async def resume(self) -> None:
-        await self._go_on()
+        await let_go_on(self._qmp)
+
+    def keep_stopped(self) -> None:
+        self._guard.retire()
+        if self._guard.acted:
+            raise let_go()
 
     def close(self) -> None:
         self._image.close()
@@ -177,19 +181,19 @@ class WholeEngine:
             with self._qmp.events() as events:
                 await self._qmp.hand_over(_FD_NAME, theirs.fileno())
                 theirs.close()
-                if resume:
-                    self._guard.arm()
+                self._guard.cut(ours)
+                self._guard.arm()
                 await self._qmp.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
                 async with open_nursery() as nursery:
                     nursery.start_soon(receive, ours)
                     await self._completed(events)
                     if on_boundary is not None:
                         on_boundary()
-                if resume and (await self._qmp.status()) in ("postmigrate", "finish-migrate"):
-                    await self._go_on()
-                self._guard.disarm()
+                if resume:
+                    await let_go_on(self._qmp)
+                    self._guard.disarm()
         finally:
-            ours.close()
+            hang_up(ours)
             theirs.close()
 
     async def _completed(self, events: EventStream) -> None:
@@ -205,19 +209,6 @@ class WholeEngine:
     async def _failure(self, status: str) -> str:
         answer = await self._qmp.execute("query-migrate")
         return f"the migration {status}: {answer.get('error-desc', 'QEMU gives no reason')}"
-
-    async def _go_on(self) -> None:
-        """`cont`, as soon as QEMU takes it: right after `completed` it does not yet."""
-        with trio.move_on_after(_FINISH):
-            while True:
-                try:
-                    await self._qmp.execute("cont")
-                    return
-                except QmpCommandFailed as error:
-                    if "finalized" not in error.description:
-                        raise
-                await trio.sleep(_AGAIN)
-        raise CheckpointTimeout(_FINISH, "QEMU to finish the migration")
 
     def _take(self, sock: socket.socket, buffer: Buffer) -> Captured:
         """Read a whole migration from `sock`, keeping what changed. Runs in a thread."""
@@ -268,22 +259,23 @@ class WholeEngine:
 async def open_whole(name: str, qmp: QmpClient, options: EngineOptions) -> AsyncIterator[WholeEngine]:
     """Prepare QEMU for whole migrations; on leaving, see the guest run.
 
-    Should this process die while a migration has the guest stopped, a guard process lets it go on.
+    Should this process die or freeze while a migration is under way, a guard process lets the guest go on.
+
+    Raises:
+        LinkLost: instead of what followed from it, when the guard did.
     """
-    async with migration_settings(qmp, {"events": True, "background-snapshot": name == "snapshot"}):
-        deadline_ms = int((options.stop_limit + _SILENCE) * 1000)
-        guard = Guard.start_write(qmp.fileno(), _CONTINUE, deadline_ms)
+    capabilities = {"events": True, "background-snapshot": name == "snapshot"}
+    async with migration_settings(qmp, capabilities), guarded(qmp, _CONTINUE, name) as guard:
         engine = WholeEngine(name, qmp, options, guard)
         try:
             yield engine
         finally:
             with trio.CancelScope(shield=True):
-                await _end(qmp, engine)
-            guard.retire()
+                await _end(qmp)
             engine.close()
 
 
-async def _end(qmp: QmpClient, engine: WholeEngine) -> None:
+async def _end(qmp: QmpClient) -> None:
     """See that no migration is left and the guest is not stopped because of one."""
     try:
         with trio.move_on_after(_FINISH), qmp.events() as events:
@@ -297,7 +289,6 @@ async def _end(qmp: QmpClient, engine: WholeEngine) -> None:
                 async for event in events:
                     if event.data.get("status") in ("completed", "failed", "cancelled"):
                         break
-            if (await qmp.status()) in ("postmigrate", "finish-migrate"):
-                await engine.resume()
+            await let_go_on(qmp)
     except QmpError:
         pass  # QEMU is gone, or refuses to cancel what is over

@@ -309,14 +309,16 @@ async def connect(address: tuple[str, int]) -> trio.socket.SocketType:
     except trio.TooSlowError:
         raise PeerUnreachable(text, f"no answer within {_CONNECT_TIMEOUT:g} s") from None
     except OSError as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        raise PeerUnreachable(text, _why(cause)) from None
+        # One for each address that the name has.
+        causes = error.__cause__.exceptions if isinstance(error.__cause__, ExceptionGroup) else (error,)
+        problem = ", ".join(dict.fromkeys(_why(cause) for cause in causes))
+        raise PeerUnreachable(text, problem) from None
     return stream.socket
 
 
 def _why(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ECONNRESET):
         return "the peer closed the link"
-    if isinstance(error, trio.ClosedResourceError):
+    if isinstance(error, trio.ClosedResourceError) or getattr(error, "errno", None) == errno.EBADF:
         return "the link was closed here"
     return getattr(error, "strerror", None) or str(error)

@@ -175,7 +175,7 @@ def _nothing() -> None:
 
 def _make(directory: str) -> None:
     try:
-        Path(directory).mkdir(mode=0o750, parents=True, exist_ok=True)
+        Path(directory).mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(directory, f"cannot be made: {error.strerror or error}") from None
 
@@ -208,7 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CurlingError as error:
         words = sentence(error)
         print(f"curlingd: {words.text}\n{words.remedy}", file=sys.stderr)
-        return 1
+        # systemd starts us again after anything but this, which only an administrator can mend.
+        return os.EX_CONFIG if isinstance(error, ConfigError) else 1
     return 0
 
 

@@ -11,6 +11,7 @@ from attrs import frozen
 from curling_fd.capture.probe import Choice, choose
 from curling_fd.capture.settings import capabilities, set_capabilities
 from curling_fd.errors import (
+    CannotDerive,
     GuestNotRunning,
     MigrationBlocked,
     QmpCommandFailed,
@@ -18,6 +19,7 @@ from curling_fd.errors import (
     WritableDisk,
 )
 from curling_fd.qmp.client import QmpClient
+from curling_fd.standby.cmdline import device_ids
 from curling_fd.vmstate.records import Block
 
 #: Run states in which a guest is worth protecting: it runs, or will when its checkpoint is over.
@@ -75,7 +77,9 @@ async def examine(
     backends = await qmp.execute("query-memdev")
     memory = tuple(Block(entry["id"], entry["size"]) for entry in backends if "id" in entry)
     machine = await qmp.execute("qom-get", {"path": "/machine", "property": "type"})
-    return Examined(choice, memory, str(machine).removesuffix("-machine"), _command_line(qmp.pid))
+    argv = _command_line(qmp.pid)
+    await _check_plugged(qmp, argv)
+    return Examined(choice, memory, str(machine).removesuffix("-machine"), argv)
 
 
 def _writable(blocks: list[dict[str, Any]], allowed: Collection[str]) -> tuple[str, ...]:
@@ -108,6 +112,16 @@ async def _try_background_snapshot(qmp: QmpClient, known: dict[str, bool]) -> st
     except QmpCommandFailed as error:
         return error.description
     return None
+
+
+async def _check_plugged(qmp: QmpClient, argv: tuple[str, ...]) -> None:
+    """A device that was plugged in later is not on the command line, and would be missing in the standby."""
+    found = await qmp.execute("qom-list", {"path": "/machine/peripheral"})
+    now = {entry["name"] for entry in found if str(entry["type"]).startswith("child<")}
+    then = device_ids(argv)
+    if now != then:
+        changed = ", ".join(sorted(now ^ then))
+        raise CannotDerive(f"-device {changed}", "it was plugged in or out after the VM was started")
 
 
 def _command_line(pid: int) -> tuple[str, ...]:

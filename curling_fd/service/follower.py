@@ -394,7 +394,7 @@ class Follower:
         self._kept = None
         kept.close()
         record.advance(Event.RUNNING, reason, failover_ms=record.counters.failover_ms)
-        if record.wanted and not record.paused:
+        if record.wanted:
             self._protector.start()
 
     def _suspect_no_more(self) -> None:

@@ -296,7 +296,7 @@ class PrimarySession:
         return captured
 
     async def _guest_started(self) -> None:
-        """Wait until QEMU has said that the guest goes on after a checkpoint; `_on_event` pauses it again.
+        """Wait until QEMU has said that the guest goes on after a checkpoint, paused before or not.
 
         Raises:
             CheckpointTimeout: it did not say so.
@@ -320,6 +320,14 @@ class PrimarySession:
             with suppress(LinkError):  # the session notices
                 await self._tell_paused()
 
+    async def _keep_paused(self) -> None:
+        """Pause the guest again if the checkpoint that was under way when it was paused has started it."""
+        async with self._capturing:
+            running = await self._qmp.status() == "running"
+            # An event that waits to be looked at may be the operator's RESUME.
+            if running and self.stops.paused and not self._events.statistics().current_buffer_used:
+                await self._qmp.execute("stop")
+
     async def _tell_paused(self) -> None:
         self._stir()
         self._callbacks.paused(self.stops.paused)
@@ -329,7 +337,9 @@ class PrimarySession:
         """Wait until a checkpoint is due, the guest not being paused; or a switch is wanted."""
         while not self._switching:
             if self.stops.paused:
-                await self._stirred.wait()
+                stirred = self._stirred
+                await self._keep_paused()
+                await stirred.wait()
                 continue
             due = self._options.pace.due(boundary, output_waiting=self._output.waiting())
             if trio.current_time() >= due:
@@ -390,10 +400,7 @@ class PrimarySession:
             raise GuestEnded(ended)
         run_state = await self._qmp.status() if self.stops.must_look(event) else None
         changed = self.stops.feed(event, run_state)
-        if event.name == "RESUME":
-            self._stir()
-            if self.stops.paused:  # a checkpoint that was under way has started it
-                await self._qmp.execute("stop")
+        self._stir()
         if changed:
             await self._tell_paused()
 

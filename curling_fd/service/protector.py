@@ -21,6 +21,7 @@ from curling_fd.errors import (
     ArbiterLost,
     ArbiterUnavailable,
     CaptureError,
+    CheckpointTooLarge,
     ColoError,
     ConfigError,
     CurlingError,
@@ -67,6 +68,13 @@ STOP_LIMIT = 2.0
 #: Seconds after which a checkpoint that is still being taken means that this daemon is broken: the slowest
 #: engine gives QEMU 10 s of silence, and 10 s more to finish.
 _STUCK = 30.0
+
+
+#: States in which the VM runs here without a session, and may be paused and resumed.
+_ALONE = (State.ACTIVE, State.UNPROTECTED, State.CONNECTING)
+
+#: Checkpoints in a session after which an engine that fails is tried again before it is passed over.
+_PROVEN = 100
 
 
 class Protector:
@@ -148,10 +156,24 @@ class Protector:
             raise self._outcome or NotProtected(record.name, record.state.value)
 
     async def pause(self) -> None:
-        await self._protected_session().pause()
+        """Stop the guest until `resume`, in a moment in which QEMU does not forget it."""
+        if self._session is None and self._record.state in _ALONE:
+            await self._tell_qemu("stop", paused=True)
+        else:
+            await self._protected_session().pause()
 
     async def resume(self) -> None:
-        await self._protected_session().resume()
+        """Let a paused guest run."""
+        if self._session is None and self._record.state in _ALONE:
+            await self._tell_qemu("cont", paused=False)
+        else:
+            await self._protected_session().resume()
+
+    async def _tell_qemu(self, command: str, *, paused: bool) -> None:
+        assert self._record.qmp is not None
+        async with open_qmp(self._record.qmp) as qmp:
+            await qmp.execute(command)
+        self._paused(paused)
 
     async def stop(self) -> None:
         """The daemon ends: leave the guest running, and remember that protection is wanted."""
@@ -193,7 +215,7 @@ class Protector:
                         self._outcome = error
                         if not await self._settle(error):
                             return
-                        if first and not record.wanted:
+                        if first and not record.wanted and not self._has_fallback():
                             return
                     progressed = record.counters.committed != committed
                     delay = _RETRY[0] if progressed else min(delay * 2, _RETRY[1])
@@ -208,6 +230,11 @@ class Protector:
             self._by_order = False
             self._idle.set()
             record.stir()
+
+    def _has_fallback(self) -> bool:
+        """Whether the engine of the last attempt failed, and `auto` has another one to try."""
+        choice, auto = self._record.choice, self._record.config.engine == "auto"
+        return auto and choice is not None and choice.engine in self._unusable and choice.engine != "precopy"
 
     async def _settle(self, error: CurlingError) -> bool:
         """Go to the state that `error` leads to; True if another attempt makes sense."""
@@ -234,7 +261,8 @@ class Protector:
             case LinkError() | FrameError() if not isinstance(error, PeerRefused):
                 event = Event.LINK_LOST
             case CaptureError() | StreamError() | ColoError():
-                if record.choice is not None:
+                proven = record.counters.committed >= _PROVEN
+                if record.choice and not proven and not isinstance(error, CheckpointTooLarge):
                     self._unusable[record.choice.engine] = text(error)
                 event = Event.CAPTURE_FAILED
             case _:
@@ -286,6 +314,7 @@ class Protector:
         assert record.qmp is not None and config.peer is not None
         async with open_qmp(record.qmp) as qmp:
             await recover(qmp)
+            record.paused = await qmp.status() == "paused"
             with qmp.events() as events:
                 disks = (*config.shared_disks, *config.scratch_disks)
                 examined = await examine(qmp, config.engine, disks, self._unusable)
@@ -349,6 +378,7 @@ class Protector:
             self._session = session
             try:
                 await session.run()
+                engine.keep_stopped()
                 await self._hand_over(session, qmp, "a planned switch")
             except (GuestEnded, Unprotected) as end:
                 await _say_end(link, record.generation, text(end))

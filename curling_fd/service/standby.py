@@ -18,6 +18,7 @@ from curling_fd.service.takeover import activate
 from curling_fd.standby.cmdline import RamBlock, standby_argv
 from curling_fd.standby.process import StandbyProcess
 from curling_fd.system.buffers import Buffer
+from curling_fd.system.memory import available
 from curling_fd.vmstate.records import Block
 
 #: Bytes a QEMU takes besides the guest's memory.
@@ -148,12 +149,9 @@ async def start_standby(
 
 
 def _check_memory(needed: int) -> None:
-    with open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-                if available < needed:
-                    raise NotEnoughMemory(needed, available)
+    free = available()
+    if free < needed:
+        raise NotEnoughMemory(needed, free)
 
 
 def _check_machine(binary: str, machine: str) -> None:

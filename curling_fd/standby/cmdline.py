@@ -80,7 +80,7 @@ def standby_argv(
         extra: words to add, unless the command line has them already.
 
     Raises:
-        StandbyFailed: it cannot be done; `problem` names the option and says what to do.
+        CannotDerive: an option stands in the way.
     """
     line = parse(argv)
     paths = Paths(directory, replace or {}, frozenset([qmp_path.rpartition("/")[2]]))

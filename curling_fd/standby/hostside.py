@@ -31,7 +31,7 @@ class HostSide:
         """An option that only reads: paths as the administrator told.
 
         Raises:
-            StandbyFailed: it has a descriptor its QEMU was started with, which nobody can have again.
+            CannotDerive: it has a descriptor its QEMU was started with, which nobody can have again.
         """
         for key, value in old.walk():
             last = key.rpartition(".")[2]
@@ -143,7 +143,7 @@ class HostSide:
         """The path of something that serves one QEMU, as the administrator told.
 
         Raises:
-            StandbyFailed: nothing was told.
+            CannotDerive: nothing was told.
         """
         told = self._paths.told(path)
         if told is None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from attrs import frozen
 
-from curling_fd.errors import StandbyFailed
+from curling_fd.errors import CannotDerive
 from curling_fd.standby.keyval import Keyval, Properties
 from curling_fd.standby.options import CommandLine, Option, cannot
 
@@ -68,7 +68,7 @@ class StandbyMemory:
     """Puts the blocks of `ram` into a command line.
 
     Raises:
-        StandbyFailed: `ram` is not what the command line makes.
+        CannotDerive: `ram` is not what the command line makes.
     """
 
     def __init__(self, line: CommandLine, ram: Sequence[RamBlock]) -> None:
@@ -78,13 +78,11 @@ class StandbyMemory:
         unnamed = [block for ident, block in self._blocks.items() if ident not in backends]
         if not _has_chosen_memory(line):
             if not unnamed:
-                raise StandbyFailed(problem="the first pass named no memory block for -m")
+                raise CannotDerive("-m", "the first pass named no memory block for it")
             self._main = unnamed.pop(0)
         if unnamed:
             names = ", ".join(block.name for block in unnamed)
-            raise StandbyFailed(
-                problem=f"memory was added to the VM after its start ({names}); start the VM with it instead"
-            )
+            raise CannotDerive(names, "memory that was added to the VM after its start")
 
     def machine(self, line: CommandLine, resolved: str | None) -> Keyval:
         """All -machine and -M of `line` as one: QEMU merges them, and the last word on a property wins."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from attrs import frozen
 
-from curling_fd.errors import StandbyFailed
+from curling_fd.errors import CannotDerive
 from curling_fd.standby.keyval import Properties, parse_properties
 
 FLAGS = frozenset([
@@ -129,7 +129,7 @@ def parse(argv: Sequence[str]) -> CommandLine:
         options.append(Option(name, argument))
 
 
-def cannot(option: Option, why: str) -> StandbyFailed:
+def cannot(option: Option, why: str) -> CannotDerive:
     """The refusal of `option`, which is named by its id and without its values: they may be secrets."""
-    ident = option.get("id")
-    return StandbyFailed(problem=f"cannot be derived: -{option.name}{f' {ident}' if ident else ''}: {why}")
+    name = f"-{option.name} {option.get('id')}".rstrip() if option.name else "the disk image by itself"
+    return CannotDerive(name, why)

@@ -11,6 +11,9 @@ and does it when
     the daemon is gone        its end of the control socket is closed, by whatever death
     the daemon is frozen      armed, and not disarmed for the deadline (only `write`)
 
+QEMU that waits for a frozen daemon to read on obeys nobody, for it writes a checkpoint with its main loop
+locked. So the guard can be given the socket of the migration as well, and shuts it down before it writes.
+
 Arming and disarming store one word in a page both share: no system call, no wake-up of another process
 while the guest stands still. The guard looks at the page once per deadline. Being late is bounded by the
 scheduler alone: whoever arms sets a time one deadline ahead, so a guard that slept one deadline cannot have
@@ -22,6 +25,7 @@ its guard. A unit that runs the daemon needs KillMode=process for the same reaso
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -29,6 +33,8 @@ import sys
 import time
 from mmap import mmap
 from pathlib import Path
+
+import trio
 
 from curling_fd.system.guard_main import ACTED, DUE, READY
 
@@ -114,6 +120,15 @@ class Guard:
         """
         return cls(["kill", str(pidfd)], pidfd, 0)
 
+    def cut(self, sock: socket.socket) -> None:
+        """Have the guard shut `sock` down before it writes, in place of the one named before.
+
+        Borrowed; the guard keeps a duplicate until it ends or is told of another, so that `sock` has to be
+        shut down, not only closed, for its peer to see the end.
+        """
+        with contextlib.suppress(OSError):  # a guard that is gone does nothing anyway; see `alive`
+            socket.send_fds(self._control, [b"S"], [sock.fileno()])
+
     @property
     def pid(self) -> int:
         """The guard's process id."""
@@ -130,12 +145,25 @@ class Guard:
         return self._page[ACTED] > 0
 
     def arm(self) -> None:
-        """Act one deadline from now unless disarmed or armed again before. Costs less than a microsecond."""
+        """Act one deadline from now, and after each one that follows, unless disarmed or armed again before.
+
+        Costs less than a microsecond.
+        """
         self._page[DUE] = time.monotonic_ns() + self._deadline_ns
 
     def disarm(self) -> None:
         """Do not act for now; our death still counts."""
         self._page[DUE] = 0
+
+    async def put_off(self) -> None:
+        """Put the deadline off again and again while armed, so that it passes when Trio's loop stands still.
+
+        Runs until cancelled. Whoever uses it arms and disarms from Trio's own thread.
+        """
+        while True:
+            if self._page[DUE]:
+                self.arm()
+            await trio.sleep(self._deadline_ns / 3e9)
 
     def retire(self) -> None:
         """End the guard without its acting, and reap it. Returns within milliseconds."""

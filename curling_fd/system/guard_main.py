@@ -3,12 +3,14 @@
     python -I -S guard_main.py CONTROL PAGE DEADLINE_MS write FD PAYLOAD ANSWER
     python -I -S guard_main.py CONTROL PAGE DEADLINE_MS kill PIDFD
 
-CONTROL, PAGE, FD and PIDFD are inherited descriptors. `curling_fd.system.guard` has the other half and says
-what all this is for.
+CONTROL, PAGE, FD and PIDFD are inherited descriptors. What comes over CONTROL is one byte: Q to end, S with a
+socket that is to be shut down before the will is written. `curling_fd.system.guard` has the other half and
+says what all this is for.
 """
 
 from __future__ import annotations
 
+import _socket  # not socket, which takes as long to import as all the rest
 import os
 import select
 import signal
@@ -21,7 +23,9 @@ DUE, ACTED, READY = 0, 1, 2
 
 WRITE_SECONDS = 1.0
 ANSWER_SECONDS = 5.0
-"""How long the will's write may take, and how long its connection is held open for the answer."""
+AGAIN_SECONDS = 0.02
+"""How long the will's write may take, how long its connection is held open for the answer, and the pause
+before it is written again."""
 
 
 def write_will(fd: int, payload: bytes) -> bool:
@@ -42,25 +46,47 @@ def write_will(fd: int, payload: bytes) -> bool:
     return True
 
 
-def hold_until_answered(fd: int, answer: bytes) -> None:
-    """Read `fd` (borrowed) until `answer` passes by.
+def write_until_obeyed(fd: int, payload: bytes, answer: bytes) -> None:
+    """Write `payload` to `fd` (borrowed), again while QEMU refuses: it may not be able to obey yet."""
+    until = time.monotonic() + ANSWER_SECONDS
+    while write_will(fd, payload) and b'"error"' in answer_from(fd, answer, until):
+        if time.monotonic() >= until:
+            return
+        time.sleep(AGAIN_SECONDS)
+
+
+def answer_from(fd: int, answer: bytes, until: float) -> bytes:
+    """Read `fd` (borrowed) until a line with `answer` passes by; the line, or nothing.
 
     QEMU throws away a command it has not begun when its connection closes, so we keep it open until then.
     """
-    until = time.monotonic() + ANSWER_SECONDS
     poller = select.poll()
     poller.register(fd, select.POLLIN)
-    seen = b""
+    line = b""
     while (left := until - time.monotonic()) > 0 and poller.poll(left * 1000):
         try:
             data = os.read(fd, 65536)
         except BlockingIOError:
             continue
         except OSError:
-            return
-        seen = seen[-len(answer) :] + data
-        if not data or answer in seen:
-            return
+            return b""
+        if not data:
+            return b""
+        *lines, line = (line + data).split(b"\n")
+        for whole in lines:
+            if answer in whole:
+                return whole
+    return b""
+
+
+def receive(control: _socket.socket) -> tuple[bytes, int | None]:
+    """A byte from the daemon, empty when it is gone, and the descriptor that came along, which is ours."""
+    try:
+        message, ancillary, _, _ = control.recvmsg(1, _socket.CMSG_SPACE(4))
+    except ConnectionResetError:
+        # The daemon went before it had read our R.
+        return b"", None
+    return message, int.from_bytes(ancillary[0][2][:4], sys.byteorder) if ancillary else None
 
 
 def kill(pidfd: int) -> None:
@@ -82,38 +108,47 @@ def main(argv: list[str]) -> None:
     with open("/proc/self/comm", "w") as comm:
         comm.write("curling-guard")
 
-    def act() -> None:
+    cut: _socket.socket | None = None
+
+    def act(*, orphaned: bool) -> None:
         # Before the deed: a daemon that wakes up meanwhile must not believe that nothing happened.
         page[ACTED] += 1
-        if kind == "write":
-            write_will(target, os.fsencode(argv[6]))
-        else:
+        if cut is not None:
+            try:
+                cut.shutdown(_socket.SHUT_RDWR)
+            except OSError:
+                pass
+        if kind == "kill":
             kill(target)
+        elif orphaned:
+            write_until_obeyed(target, os.fsencode(argv[6]), os.fsencode(argv[7]))
+        else:
+            write_will(target, os.fsencode(argv[6]))
 
     page[READY] = 1
-    os.write(control, b"R")
+    daemon = _socket.socket(fileno=control)
+    daemon.send(b"R")
     poller = select.poll()
     poller.register(control, select.POLLIN)
-    done = 0
+    armed = next_act = 0
     while True:
+        due = page[DUE]
+        if due != armed:
+            armed = next_act = due
         # Whoever arms sets a time at least one deadline ahead, so while disarmed we can sleep that long.
-        due = page[DUE]
-        wait = deadline_ms if due in (0, done) else max(0, due - time.monotonic_ns()) / 1e6
+        wait = max(0, next_act - time.monotonic_ns()) / 1e6 if armed else deadline_ms
         if poller.poll(wait + 1 if deadline_ms else None):
-            try:
-                message = os.read(control, 1)
-            except ConnectionResetError:
-                # The daemon went before it had read our R.
-                message = b""
+            message, fd = receive(daemon)
+            if fd is not None:
+                cut = _socket.socket(fileno=fd)
+                continue
             if not message:
-                act()
-                if kind == "write":
-                    hold_until_answered(target, os.fsencode(argv[7]))
+                act(orphaned=True)
             return
-        due = page[DUE]
-        if due not in (0, done) and time.monotonic_ns() >= due:
-            done = due
-            act()
+        if armed and page[DUE] == armed and time.monotonic_ns() >= next_act:
+            # Once more after each deadline: the first may have come too early for QEMU to obey.
+            next_act = time.monotonic_ns() + deadline_ms * 1_000_000
+            act(orphaned=False)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Seeing from outside when a guest stood still: QEMU's own STOP and RESUME, on a monitor Curling does not use."""
+"""When a guest stood still, seen from outside: QEMU's STOP and RESUME, on a monitor Curling does not use."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,6 +17,9 @@ from attrs import define, field, frozen
 from curling_fd.qmp.client import EventStream, QmpClient, open_qmp
 
 _PATIENCE = 60.0
+
+#: The number of the system call on x86-64.
+_SENDMSG = "46"
 
 
 @frozen
@@ -48,12 +52,8 @@ class Witness:
             while self.stops and self.stops[-1].end_us is None:
                 await self._news.park()
 
-    async def stands_still(self) -> bool:
-        """Whether the guest is stopped, asked of QEMU."""
-        return await self.qmp.status() != "running"
-
     def longest(self, since_us: int) -> float:
-        """Seconds of the longest stop of which a part was after `since_us`; one that lasts counts up to now."""
+        """Seconds of the longest stop, of what was after `since_us`; one that lasts counts up to now."""
         ends = [(stop, stop.end_us or now_us()) for stop in self.stops]
         lasted = [end - max(stop.start_us, since_us) for stop, end in ends if end > since_us]
         return max(lasted, default=0) / 1e6
@@ -110,9 +110,32 @@ async def freeze_in_checkpoint(daemon: subprocess.Popen[bytes], guest: Witness) 
     while True:
         stop = await guest.next_stop()
         freeze(daemon.pid)
-        if await guest.stands_still():
-            return stop
+        while guest.stops[-1].end_us is None:
+            if _writes(guest.qmp.pid):
+                return stop
+            await trio.sleep(0)
         daemon.send_signal(signal.SIGCONT)
+
+
+async def freeze_in_migration(daemon: subprocess.Popen[bytes], guest: Witness) -> None:
+    """Freeze the primary's daemon when a migration has stopped the guest, and wait until QEMU waits for it.
+
+    For a guest whose migrations are larger than what a socket holds.
+    """
+    await guest.next_stop()
+    freeze(daemon.pid)
+    with trio.fail_after(_PATIENCE):
+        while not _writes(guest.qmp.pid):
+            await trio.sleep(0)
+
+
+def _writes(pid: int) -> bool:
+    """Whether a thread of `pid` waits for somebody to read what it sends."""
+    calls = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            calls.append((task / "syscall").read_text().split()[0])
+    return _SENDMSG in calls
 
 
 def _state(task: Path) -> str:

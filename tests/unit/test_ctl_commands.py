@@ -103,7 +103,7 @@ async def test_show_tells_everything(daemon: FakeDaemon, ctl: Ctl) -> None:
     assert rows["checkpoints"] == "18,233 taken, 18,232 committed, 21.3 a second"
     assert rows["stop time"] == "1.2 ms last, 1.04 ms median, 3.4 ms 99th percentile"
     assert rows["pages"] == "1,230 last, 228 median"
-    assert rows["sent"] == "1 MiB last, 3 GiB in all"
+    assert rows["data"] == "1 MiB last, 3 GiB in all"
     assert rows["lag"] == "23 ms"
     assert "last failover" not in rows
 

@@ -1,0 +1,63 @@
+"""The guard of a capture: what lets the guest go on if this daemon dies or freezes."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import trio
+
+from curling_fd.errors import CaptureError, EngineFailed, LinkLost, RemoteProtocolError
+from curling_fd.qmp.client import QmpClient
+from curling_fd.system.guard import Guard, GuardFailed
+from curling_fd.system.nursery import open_nursery
+
+#: Seconds our event loop may stand still while the guest does; as long a silence makes the backup give us up.
+FROZEN = 1.0
+
+
+@asynccontextmanager
+async def guarded(qmp: QmpClient, will: bytes, engine: str) -> AsyncIterator[Guard]:
+    """A guard that writes `will` to the monitor when we are gone, or when it is armed and we stand still.
+
+    Raises:
+        EngineFailed: it did not start; without one no checkpoint is taken.
+        LinkLost: the guard has let the guest go; raised instead of the failure of the capture that followed.
+    """
+
+    def start() -> Guard:
+        return Guard.start_write(qmp.fileno(), will, int(FROZEN * 1000))
+
+    try:
+        guard = await trio.to_thread.run_sync(start)
+    except GuardFailed as error:
+        raise EngineFailed(engine, str(error)) from None
+    try:
+        async with open_nursery() as nursery:
+            nursery.start_soon(guard.put_off)
+            try:
+                yield guard
+            except (CaptureError, RemoteProtocolError) as error:
+                if guard.acted:
+                    raise let_go() from error
+                raise
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        guard.retire()
+
+
+def let_go() -> LinkLost:
+    """The error for a guest that a guard let go.
+
+    To the backup a daemon that stood still is one that was lost: who may run the VM has to be settled anew.
+    """
+    return LinkLost(f"this daemon stood still for {FROZEN:g} s in a checkpoint, and the guest was let go")
+
+
+def hang_up(sock: socket.socket) -> None:
+    """Close `sock`, of which the guard has a duplicate, so that its peer sees the end."""
+    with suppress(OSError):  # the peer may have gone first
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
