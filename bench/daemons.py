@@ -16,7 +16,7 @@ import trio
 from attrs import frozen
 
 from bench.figures import percentile
-from bench.stops import Bench, Load, Visit, lose, primary, record
+from bench.stops import PAUSE_US, Bench, Load, Visit, lose, primary, record
 from curling_fd.errors import QmpError
 from curling_fd.qmp.client import EventStream, open_qmp
 from curling_fd.qmp.protocol import Event
@@ -202,7 +202,7 @@ async def idle_rate(bench: Bench, seconds: float) -> dict[str, float]:
                 await alpha.call("Unprotect", name=VM)
                 await lose(bench.qmp)
     finally:
-        await bench.vm.send("s 5000")
+        await bench.vm.send(f"s {PAUSE_US}")
     lengths = [
         (after.timestamp_us - before.timestamp_us) / 1000
         for before, after in pairwise(stops)

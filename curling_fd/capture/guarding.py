@@ -18,8 +18,13 @@ FROZEN = 1.0
 
 
 @asynccontextmanager
-async def guarded(qmp: QmpClient, will: bytes, engine: str) -> AsyncIterator[Guard]:
+async def guarded(
+    qmp: QmpClient, will: bytes, engine: str, *, snapshots: bool = False
+) -> AsyncIterator[Guard]:
     """A guard that writes `will` to the monitor when we are gone, or when it is armed and we stand still.
+
+    Args:
+        snapshots: background snapshots are taken, which must not leave the guest waiting.
 
     Raises:
         EngineFailed: it did not start; without one no checkpoint is taken.
@@ -27,7 +32,8 @@ async def guarded(qmp: QmpClient, will: bytes, engine: str) -> AsyncIterator[Gua
     """
 
     def start() -> Guard:
-        return Guard.start_write(qmp.fileno(), will, int(FROZEN * 1000))
+        pid = qmp.pid if snapshots else 0
+        return Guard.start_write(qmp.fileno(), will, int(FROZEN * 1000), snapshot_of=pid)
 
     try:
         guard = await trio.to_thread.run_sync(start)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import trio
 
 from curling_fd.capture.settings import capabilities, set_capabilities
-from curling_fd.errors import CheckpointTimeout, QmpCommandFailed
+from curling_fd.errors import CheckpointTimeout, EngineFailed, QmpCommandFailed
 from curling_fd.qmp.client import EventStream, QmpClient
+from curling_fd.system.privileges import raised
+from curling_fd.system.userfault import release
 
 #: Seconds for QEMU to end what was under way.
 _TIMEOUT = 10.0
@@ -20,7 +22,7 @@ _STANDS = ("paused", "guest-panicked", "io-error", "watchdog")
 #: Pause between two `cont` while QEMU finishes a migration, in seconds.
 _AGAIN = 0.001
 
-_UNDER_WAY = ("setup", "active", "device", "pre-switchover", "cancelling", "colo")
+_UNDER_WAY = ("setup", "active", "device", "pre-switchover", "cancelling", "failing", "colo")
 
 
 async def recover(qmp: QmpClient) -> None:
@@ -30,7 +32,9 @@ async def recover(qmp: QmpClient) -> None:
 
     Raises:
         CheckpointTimeout: QEMU did not end it.
+        EngineFailed: a snapshot has left the guest waiting, and we cannot help it.
     """
+    free_guest(qmp)  # QEMU itself may wait with it
     with qmp.events() as events, qmp.events() as starts:
         stands = await qmp.status() in _STANDS
         status = (await qmp.execute("query-migrate")).get("status")
@@ -47,6 +51,7 @@ async def recover(qmp: QmpClient) -> None:
                 await qmp.execute("stop")
     if scope.cancelled_caught:
         raise CheckpointTimeout(_TIMEOUT, "QEMU to end an earlier migration")
+    free_guest(qmp)
     known = await capabilities(qmp)
     await set_capabilities(qmp, {name: False for name in _OURS if known.get(name)})
 
@@ -57,6 +62,20 @@ async def until_no_migration(qmp: QmpClient, events: EventStream) -> None:
         async for event in events:
             if event.name == "MIGRATION":
                 break
+
+
+def free_guest(qmp: QmpClient) -> None:
+    """Let the guest write to its memory again that a snapshot of no use any more has write-protected.
+
+    Raises:
+        EngineFailed: we must not.
+    """
+    try:
+        with raised("CAP_SYS_PTRACE"):
+            release(qmp.pid)
+    except OSError as error:
+        why = f"a snapshot that ended early left the guest waiting, and it cannot be freed: {error.strerror}"
+        raise EngineFailed("snapshot", why) from None
 
 
 async def let_go_on(qmp: QmpClient) -> None:

@@ -19,7 +19,7 @@ from curling_fd.capture.engine import Description, EngineOptions, PassSink
 from curling_fd.capture.guarding import guarded, hang_up, let_go
 from curling_fd.capture.intake import PassIntake
 from curling_fd.capture.reader import Captured, migration_socketpair, set_receive_timeout
-from curling_fd.capture.recover import let_go_on
+from curling_fd.capture.recover import free_guest, let_go_on, until_no_migration
 from curling_fd.capture.settings import migration_settings, set_capabilities
 from curling_fd.errors import CheckpointTimeout, CheckpointTooLarge, EngineFailed, QmpError
 from curling_fd.qmp.client import EventStream, QmpClient
@@ -58,7 +58,9 @@ _SILENCE = 10.0
 _FINISH = 10.0
 
 #: The will of a daemon that dies while a migration has the guest stopped.
-_CONTINUE = b'{"execute":"cont","id":"curling-guard"}\r\n'
+_CONTINUE = (
+    b'{"execute":"query-migrate","id":"curling-guard-status"}\r\n{"execute":"cont","id":"curling-guard"}\r\n'
+)
 
 
 class LastImage:
@@ -264,8 +266,12 @@ async def open_whole(name: str, qmp: QmpClient, options: EngineOptions) -> Async
     Raises:
         LinkLost: instead of what followed from it, when the guard did.
     """
-    capabilities = {"events": True, "background-snapshot": name == "snapshot"}
-    async with migration_settings(qmp, capabilities), guarded(qmp, _CONTINUE, name) as guard:
+    snapshots = name == "snapshot"
+    capabilities = {"events": True, "background-snapshot": snapshots}
+    async with (
+        migration_settings(qmp, capabilities),
+        guarded(qmp, _CONTINUE, name, snapshots=snapshots) as guard,
+    ):
         engine = WholeEngine(name, qmp, options, guard)
         try:
             yield engine
@@ -278,17 +284,11 @@ async def open_whole(name: str, qmp: QmpClient, options: EngineOptions) -> Async
 async def _end(qmp: QmpClient) -> None:
     """See that no migration is left and the guest is not stopped because of one."""
     try:
+        free_guest(qmp)  # QEMU itself may wait with it
         with trio.move_on_after(_FINISH), qmp.events() as events:
             await qmp.execute("migrate_cancel")
-            if (await qmp.execute("query-migrate")).get("status") in (
-                "active",
-                "setup",
-                "device",
-                "cancelling",
-            ):
-                async for event in events:
-                    if event.data.get("status") in ("completed", "failed", "cancelled"):
-                        break
+            await until_no_migration(qmp, events)
+            free_guest(qmp)
             await let_go_on(qmp)
     except QmpError:
         pass  # QEMU is gone, or refuses to cancel what is over

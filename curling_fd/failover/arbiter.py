@@ -7,6 +7,7 @@ generation in a directory that both hosts see; `link(2)` makes the swap atomic, 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -86,7 +87,7 @@ class FileArbiter:
 
     async def sees_token(self, name: str) -> bool:
         """Is the peer's token here?"""
-        return await self._in_time(lambda: (self._directory / Path(name).name).exists())
+        return ".token." in name and await self._in_time(lambda: (self._directory / Path(name).name).exists())
 
     async def remove_token(self, name: str) -> None:
         await self._in_time(lambda: (self._directory / Path(name).name).unlink(missing_ok=True))
@@ -125,6 +126,11 @@ class FileArbiter:
                     raise ArbiterLost(wanted, self._holder(vm, wanted)) from None
         finally:
             draft.unlink(missing_ok=True)
+        _sync(self._directory)
+        # Who slept between the look and the link may have linked a number that others had used and removed.
+        highest = self._highest(vm)
+        if highest > wanted:
+            raise ArbiterLost(highest, self._holder(vm, highest))
         for old in range(max(1, wanted - 8), wanted - 1):  # the last two are kept to be read by people
             (self._directory / f"{vm}.generation.{old}").unlink(missing_ok=True)
         return wanted
@@ -135,3 +141,15 @@ class FileArbiter:
             return str(json.loads(text)["host"])
         except (OSError, ValueError, KeyError, TypeError):
             return "another host"
+
+
+def _sync(directory: Path) -> None:
+    """A claim that a crash of the storage undid could be made again by the other host."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no such thing for directories
+            raise
+    finally:
+        os.close(fd)

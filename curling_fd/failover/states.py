@@ -9,6 +9,8 @@ The rules:
   - every (state, event) that is not in TABLE is a bug or a stale event: `after` raises;
   - a primary keeps its VM running in every state but SWITCHING (stopped for the last checkpoint), FENCED
     and ENDED (I5);
+  - a primary whose backup may have a checkpoint goes on without it only after WON: from HOLDING, however the
+    session ended; the packets of the guest wait until then;
   - a backup's replica is worth a failover exactly in REPLICA_VALID (I1 keeps it whole there).
 
 `python -m curling_fd.failover.states` prints the diagram of docs/protocol.md.
@@ -76,15 +78,15 @@ TABLE: dict[tuple[State, Event], State] = {
     (S.CONNECTING, E.STALE): S.FENCED,
     (S.CONNECTING, E.GUEST_ENDED): S.ENDED,
     (S.SYNCING, E.COMMITTED): S.PROTECTED,
-    (S.SYNCING, E.REFUSED): S.UNPROTECTED,
-    (S.SYNCING, E.LINK_LOST): S.UNPROTECTED,
-    (S.SYNCING, E.CAPTURE_FAILED): S.UNPROTECTED,
+    (S.SYNCING, E.REFUSED): S.HOLDING,
+    (S.SYNCING, E.LINK_LOST): S.HOLDING,
+    (S.SYNCING, E.CAPTURE_FAILED): S.HOLDING,
     (S.SYNCING, E.STALE): S.FENCED,
     (S.SYNCING, E.GUEST_ENDED): S.ENDED,
     (S.PROTECTED, E.SWITCH): S.SWITCHING,
-    (S.PROTECTED, E.REFUSED): S.UNPROTECTED,
+    (S.PROTECTED, E.REFUSED): S.HOLDING,
     (S.PROTECTED, E.LINK_LOST): S.HOLDING,
-    (S.PROTECTED, E.CAPTURE_FAILED): S.UNPROTECTED,
+    (S.PROTECTED, E.CAPTURE_FAILED): S.HOLDING,
     (S.PROTECTED, E.STALE): S.FENCED,
     (S.PROTECTED, E.GUEST_ENDED): S.ENDED,
     (S.HOLDING, E.WON): S.UNPROTECTED,
@@ -94,14 +96,14 @@ TABLE: dict[tuple[State, Event], State] = {
     (S.SWITCHING, E.TAKEN): S.IDLE,
     (S.SWITCHING, E.NOT_TAKEN): S.UNPROTECTED,
     (S.SWITCHING, E.LINK_LOST): S.HOLDING,
-    (S.SWITCHING, E.CAPTURE_FAILED): S.UNPROTECTED,
-    (S.SWITCHING, E.REFUSED): S.UNPROTECTED,
+    (S.SWITCHING, E.CAPTURE_FAILED): S.HOLDING,
+    (S.SWITCHING, E.REFUSED): S.HOLDING,
     (S.SWITCHING, E.STALE): S.FENCED,
     (S.SWITCHING, E.GUEST_ENDED): S.ENDED,
-    (S.SWITCHING, E.UNPROTECT): S.IDLE,
+    (S.SWITCHING, E.UNPROTECT): S.HOLDING,
     (S.CONNECTING, E.UNPROTECT): S.IDLE,
-    (S.SYNCING, E.UNPROTECT): S.IDLE,
-    (S.PROTECTED, E.UNPROTECT): S.IDLE,
+    (S.SYNCING, E.UNPROTECT): S.HOLDING,
+    (S.PROTECTED, E.UNPROTECT): S.HOLDING,
     (S.UNPROTECTED, E.UNPROTECT): S.IDLE,
     (S.ENDED, E.UNPROTECT): S.IDLE,
     (S.HOLDING, E.UNPROTECT): S.IDLE,

@@ -8,7 +8,7 @@ import trio
 
 from curling_fd import __version__
 from curling_fd.capture.probe import Choice
-from curling_fd.errors import FrameError, InsecurePeer, LinkLost, PeerIncompatible, StaleGeneration
+from curling_fd.errors import FrameError, InsecurePeer, LinkLost, PeerIncompatible
 from curling_fd.link.frames import PROTOCOL, Kind
 from curling_fd.link.transport import FrameLink, Received, connect
 from curling_fd.service.config import Address
@@ -103,8 +103,6 @@ async def _answer(link: FrameLink, kind: Kind, timeout: float, generation: int) 
 def raise_refusal(received: Received, generation: int) -> None:
     """Raise what a REFUSE frame says."""
     content = received.content
-    if content.get("kind") == "StaleGeneration":
-        raise StaleGeneration(ours=generation, theirs=received.header.generation)
     if content.get("kind") == "PeerIncompatible" and isinstance(content.get("protocol"), int):
         raise PeerIncompatible(ours=PROTOCOL, theirs=content["protocol"])
-    raise refusal(received)
+    raise refusal(received, generation)

@@ -28,6 +28,7 @@ from curling_fd.errors import (
     PeerRefused,
     QemuDied,
     QmpError,
+    StaleGeneration,
     Unprotected,
 )
 from curling_fd.link.frames import CheckpointHead, Header, Kind
@@ -236,7 +237,7 @@ class PrimarySession:
                 if received.header.kind is Kind.TAKEN:
                     return received.header.generation
                 if received.header.kind is Kind.REFUSE:
-                    raise refusal(received)
+                    raise refusal(received, self._generation)
         raise LinkLost(f"no answer to the handover within {HANDOVER_TIMEOUT:g} s")
 
     @property
@@ -372,7 +373,7 @@ class PrimarySession:
                 case Kind.ACK:
                     self._acknowledged(header.sequence)
                 case Kind.REFUSE:
-                    raise refusal(received)
+                    raise refusal(received, self._generation)
                 case _:
                     raise FrameError(f"a {header.kind.name} frame, which a backup does not send now")
 
@@ -431,9 +432,11 @@ def _now_us() -> int:
     return time.time_ns() // 1000
 
 
-def refusal(received: Received) -> LinkError:
-    """The error in a REFUSE frame."""
+def refusal(received: Received, generation: int) -> LinkError:
+    """The error in a REFUSE frame. `generation` is ours."""
     content = received.content
+    if content.get("kind") == "StaleGeneration":
+        return StaleGeneration(ours=generation, theirs=received.header.generation)
     return PeerRefused(
         str(content.get("kind", "")),
         str(content.get("text", "no reason given")),

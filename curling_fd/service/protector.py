@@ -241,6 +241,9 @@ class Protector:
         record = self._record
         match error:
             case Unprotected():
+                # The backup may not have heard of it: it loses its claim before the guest goes on alone.
+                record.advance(Event.UNPROTECT, text(error))
+                await self._win_alone()
                 return False
             case GuestEnded():
                 record.remember(wanted=False, qmp=None)
@@ -268,14 +271,15 @@ class Protector:
             case _:
                 event = Event.REFUSED
         if not allowed(record.state, event):
-            event = Event.REFUSED if allowed(record.state, Event.REFUSED) else Event.LINK_LOST
-        record.advance(event, text(error))
+            event = Event.REFUSED
+        if allowed(record.state, event):  # else a handover that failed has settled it already
+            record.advance(event, text(error))
         if record.state is State.HOLDING:
             return await self._win_alone()
         return True
 
     async def _win_alone(self) -> bool:
-        """The backup is lost: go on alone only if the arbiter says so. True if it did."""
+        """Go on without a backup that may have a checkpoint, if the arbiter says so. True if it did."""
         record = self._record
         while True:
             try:

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from attrs import asdict, frozen
+from attrs import Attribute, asdict, field, frozen
+from attrs.validators import ge, optional
 
 from curling_fd.errors import ConfigError
+
+
+def _exactly(kind: type) -> Callable[[Any, Attribute[Any], Any], None]:
+    """Not `instance_of`: to Python, True is a number."""
+
+    def check(_: object, attribute: Attribute[Any], value: object) -> None:
+        if type(value) is not kind:
+            raise TypeError(f"`{attribute.name}` is {value!r}")
+
+    return check
 
 
 @frozen
@@ -22,10 +35,10 @@ class Remembered:
         fenced: why this host may not run the VM any more, if so.
     """
 
-    generation: int = 0
-    wanted: bool = False
-    qmp: str | None = None
-    fenced: str | None = None
+    generation: int = field(default=0, validator=[_exactly(int), ge(0)])
+    wanted: bool = field(default=False, validator=_exactly(bool))
+    qmp: str | None = field(default=None, validator=optional(_exactly(str)))
+    fenced: str | None = field(default=None, validator=optional(_exactly(str)))
 
 
 class Store:
@@ -45,7 +58,7 @@ class Store:
             return Remembered(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return Remembered()
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise ConfigError(str(path), f"the remembered state is unreadable: {error}") from None
 
     def save(self, vm: str, remembered: Remembered) -> None:

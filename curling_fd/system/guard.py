@@ -95,7 +95,9 @@ class Guard:
         self._control.setblocking(False)
 
     @classmethod
-    def start_write(cls, fd: int, payload: bytes, deadline_ms: int, *, answer: bytes = ANSWER) -> Guard:
+    def start_write(
+        cls, fd: int, payload: bytes, deadline_ms: int, *, answer: bytes = ANSWER, snapshot_of: int = 0
+    ) -> Guard:
         """Start a guard that writes `payload` to `fd`. Blocks for some 30 ms, until it is up.
 
         Args:
@@ -103,13 +105,14 @@ class Guard:
             payload: the bytes, without NUL.
             deadline_ms: how long after `arm` it acts; at least 1.
             answer: after our death the guard holds the connection open until this comes back, at most 5 s.
+            snapshot_of: id of a QEMU whose guest may be left waiting by a snapshot that is cut short.
 
         Raises:
             GuardFailed: it did not start.
         """
         if deadline_ms < 1:
             raise ValueError("a deadline is at least 1 ms")
-        return cls(["write", str(fd), payload, answer], fd, deadline_ms)
+        return cls(["write", str(fd), payload, answer, str(snapshot_of)], fd, deadline_ms)
 
     @classmethod
     def start_kill(cls, pidfd: int) -> Guard:

@@ -1,11 +1,11 @@
 """The guard's own process. Run by path, on the bare standard library, so that it starts in about 15 ms.
 
-    python -I -S guard_main.py CONTROL PAGE DEADLINE_MS write FD PAYLOAD ANSWER
+    python -I -S guard_main.py CONTROL PAGE DEADLINE_MS write FD PAYLOAD ANSWER QEMU
     python -I -S guard_main.py CONTROL PAGE DEADLINE_MS kill PIDFD
 
-CONTROL, PAGE, FD and PIDFD are inherited descriptors. What comes over CONTROL is one byte: Q to end, S with a
-socket that is to be shut down before the will is written. `curling_fd.system.guard` has the other half and
-says what all this is for.
+CONTROL, PAGE, FD and PIDFD are inherited descriptors; QEMU is a process id, or 0. What comes over CONTROL is
+one byte: Q to end, S with a socket that is to be shut down before the will is written.
+`curling_fd.system.guard` has the other half and says what all this is for.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ import signal
 import sys
 import time
 from mmap import mmap
+
+OURS = b"curling-guard"
+"""What the ids of the will's commands begin with."""
+
+NOT_YET = (b'"error"', b'"setup"', b'"active"', b'"device"', b'"failing"', b'"cancelling"')
+"""What an answer contains when the will is to be written again: refusals, and states of a migration."""
 
 DUE, ACTED, READY = 0, 1, 2
 """Words of the shared page: the monotonic nanosecond to act at (0: disarmed), how often we did, are we up."""
@@ -47,36 +53,48 @@ def write_will(fd: int, payload: bytes) -> bool:
 
 
 def write_until_obeyed(fd: int, payload: bytes, answer: bytes) -> None:
-    """Write `payload` to `fd` (borrowed), again while QEMU refuses: it may not be able to obey yet."""
+    """Write `payload` to `fd` (borrowed), again while QEMU refuses or is not done: it may be too early."""
     until = time.monotonic() + ANSWER_SECONDS
-    while write_will(fd, payload) and b'"error"' in answer_from(fd, answer, until):
-        if time.monotonic() >= until:
+    while write_will(fd, payload):
+        said = answers_from(fd, answer, until)
+        if not any(word in said for word in NOT_YET) or time.monotonic() >= until:
             return
         time.sleep(AGAIN_SECONDS)
 
 
-def answer_from(fd: int, answer: bytes, until: float) -> bytes:
-    """Read `fd` (borrowed) until a line with `answer` passes by; the line, or nothing.
+def answers_from(fd: int, last: bytes, until: float) -> bytes:
+    """Read `fd` (borrowed) until the answer to our `last` command passes by; all answers to ours.
 
     QEMU throws away a command it has not begun when its connection closes, so we keep it open until then.
     """
     poller = select.poll()
     poller.register(fd, select.POLLIN)
-    line = b""
+    said = line = b""
     while (left := until - time.monotonic()) > 0 and poller.poll(left * 1000):
         try:
             data = os.read(fd, 65536)
         except BlockingIOError:
             continue
         except OSError:
-            return b""
+            break
         if not data:
-            return b""
+            break
         *lines, line = (line + data).split(b"\n")
-        for whole in lines:
-            if answer in whole:
-                return whole
-    return b""
+        said += b"".join(whole for whole in lines if OURS in whole)
+        if last in said:
+            break
+    return said
+
+
+def free_guest(pid: int) -> None:
+    """Let the guest of the QEMU `pid` write to its memory, whatever became of the snapshot."""
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    from curling_fd.system.userfault import release
+
+    try:
+        release(pid)
+    except OSError:
+        pass
 
 
 def receive(control: _socket.socket) -> tuple[bytes, int | None]:
@@ -120,10 +138,16 @@ def main(argv: list[str]) -> None:
                 pass
         if kind == "kill":
             kill(target)
-        elif orphaned:
-            write_until_obeyed(target, os.fsencode(argv[6]), os.fsencode(argv[7]))
-        else:
-            write_will(target, os.fsencode(argv[6]))
+            return
+        payload, answer, qemu = os.fsencode(argv[6]), os.fsencode(argv[7]), int(argv[8])
+        if qemu:
+            free_guest(qemu)  # QEMU itself may wait with it
+        if not orphaned:
+            write_will(target, payload)
+            return
+        write_until_obeyed(target, payload, answer)
+        if qemu:
+            free_guest(qemu)
 
     page[READY] = 1
     daemon = _socket.socket(fileno=control)

@@ -2,7 +2,8 @@
 
 Source: capabilities(7). A program started by root gets the bounding set, so that set is for both, and it
 is the list of CapabilityBoundingSet= in systemd/curlingd.service too (a test compares them). What only a
-QEMU needs is in our permitted set, where it must be to be passed on, and not in the effective one.
+QEMU needs is in our permitted set, where it must be to be passed on, and not in the effective one, but for the
+moments in which it is `raised`.
 
 Left out on purpose: CAP_SYS_ADMIN (network namespaces are entered before curlingd starts), CAP_IPC_LOCK
 (LimitMEMLOCK= serves `-overcommit mem-lock=on`), CAP_SYS_MODULE (the kernel loads qdiscs and link types
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import prctl
@@ -33,12 +36,12 @@ NEEDED = {
 PASSED_ON = {
     "CAP_SETGID": "start a VM that changes to another user (-runas)",
     "CAP_SETUID": "start a VM that changes to another user (-runas)",
-    "CAP_SYS_PTRACE": "start a VM that can later be protected by the snapshot engine",
+    "CAP_SYS_PTRACE": "start a VM that can later be protected by the snapshot engine, or free its guest",
 }
 """What a QEMU needs that curlingd starts.
 
 The last is for userfaultfd on memory KVM uses: where vm.unprivileged_userfaultfd is 0, QEMU 7.2 refuses
-`background-snapshot` without it.
+`background-snapshot` without it. We raise it to free a guest from a snapshot that broke off (see `userfault`).
 """
 
 
@@ -86,6 +89,19 @@ def drop() -> Privileges:
     result = Privileges(tuple(sorted(after)), tuple(missing), tuple(sorted(before - after)))
     _logger.info("%s", result)
     return result
+
+
+@contextmanager
+def raised(name: str) -> Iterator[None]:
+    """Have a capability of PASSED_ON in effect for a block, for this thread; nothing happens if we lack it."""
+    numbers = [number for number, known in _names().items() if known == name and name in _permitted()]
+    if numbers:
+        prctl.set_caps((numbers, prctl.CAP_EFFECTIVE, True))
+    try:
+        yield
+    finally:
+        if numbers:
+            prctl.set_caps((numbers, prctl.CAP_EFFECTIVE, False))
 
 
 def _permitted() -> set[str]:
