@@ -46,6 +46,7 @@ class IncrementalEngine:
         self._socket = sock
         self._guard = guard
         self._reader: CheckpointReader | None = None
+        self.kept = False
 
     async def first_pass(self, sink: PassSink) -> Description:
         with self._qmp.events() as events:
@@ -98,13 +99,16 @@ class IncrementalEngine:
 
     async def resume(self) -> None:
         assert self._reader is not None
-        self._reader.release()
+        self.kept = False
+        with suppress(OSError):  # QEMU went: leaving the engine finds out
+            self._reader.release()
         self._guard.disarm()
 
     def keep_stopped(self) -> None:
         self._guard.retire()
         if self._guard.acted:
             raise let_go()
+        self.kept = True
 
 
 @asynccontextmanager
@@ -130,14 +134,16 @@ async def open_incremental(
             async with guarded(qmp, LOST_HEARTBEAT, _NAME) as guard:
                 guard.cut(ours)
                 try:
-                    yield IncrementalEngine(qmp, choice, options, ours, guard)
+                    engine = IncrementalEngine(qmp, choice, options, ours, guard)
+                    yield engine
                 finally:
                     hang_up(ours)
                     # Without QEMU there is no session.
                     with trio.CancelScope(shield=True), suppress(QmpError):
-                        await recover(qmp)
-                        # A build whose COLO is broken has completed a migration instead.
-                        await let_go_on(qmp)
+                        if not engine.kept:
+                            await recover(qmp)
+                            # A build whose COLO is broken has completed a migration instead.
+                            await let_go_on(qmp)
     finally:
         ours.close()
         theirs.close()

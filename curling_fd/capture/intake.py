@@ -69,17 +69,19 @@ class PassIntake:
             EngineFailed: QEMU closed the migration, or it ended too early.
             StreamError: the stream is not one.
         """
-        while True:
-            await trio.lowlevel.checkpoint()
-            if await self._read():
-                continue
-            if self._ending:
-                break
-            with trio.CancelScope() as self._waiting:
-                await trio.lowlevel.wait_readable(self._socket)
-        await self._ship(self._scanned)
-        if self._buffer is not None:
-            self._sink.give_back(self._buffer)
+        try:
+            while True:
+                await trio.lowlevel.checkpoint()
+                if await self._read():
+                    continue
+                if self._ending:
+                    break
+                with trio.CancelScope() as self._waiting:
+                    await trio.lowlevel.wait_readable(self._socket)
+            await self._ship(self._scanned)
+        finally:
+            if self._buffer is not None:
+                self._sink.give_back(self._buffer)
         layout = self._scanner.layout
         if layout is None or not self._ram_complete:
             raise EngineFailed(self._engine, "the first pass ended before the guest's memory was complete")
@@ -96,6 +98,8 @@ class PassIntake:
             count = self._socket.recv_into(view[self._have : PIECE], 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
+        except OSError:
+            count = 0
         if count == 0 and self._ends_with_socket:
             self._ending = True
             return False

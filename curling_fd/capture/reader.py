@@ -107,7 +107,7 @@ class CheckpointReader:
         view, limit = buffer.view, buffer.capacity
         started = time.perf_counter()
         deadline = started + self._stop_limit
-        self._socket.send(colo.encode(Message.CHECKPOINT_REPLY))
+        self._say(Message.CHECKPOINT_REPLY)
 
         have = self._fill(view, 0, colo.MESSAGE_SIZE, deadline, exact=True)
         colo.expect(view[: colo.MESSAGE_SIZE], Message.VMSTATE_SEND)
@@ -145,7 +145,13 @@ class CheckpointReader:
 
     def release(self) -> None:
         """Let the guest go on after its checkpoint."""
-        self._socket.send(colo.encode(Message.VMSTATE_RECEIVED, Message.VMSTATE_LOADED))
+        self._say(Message.VMSTATE_RECEIVED, Message.VMSTATE_LOADED)
+
+    def _say(self, *messages: Message) -> None:
+        try:
+            self._socket.send(colo.encode(*messages))
+        except OSError:
+            raise EngineFailed("incremental", "QEMU closed the migration before our answer") from None
 
     def _fill(self, view: memoryview, have: int, limit: int, deadline: float, *, exact: bool = False) -> int:
         """Read once (or, `exact`, until `limit`) into `view[have:limit]`; returns the new fill."""
@@ -156,6 +162,8 @@ class CheckpointReader:
                 count = self._socket.recv_into(view[have:limit])
             except (BlockingIOError, TimeoutError):
                 count = -1
+            except OSError:  # reset: it went before it had read what we said
+                count = 0
             if count == 0:
                 raise EngineFailed("incremental", "QEMU closed the migration in the middle of a checkpoint")
             if count < 0 or time.perf_counter() > deadline:

@@ -125,6 +125,7 @@ class WholeEngine:
         self._image = LastImage()
         self._chunk = Buffer("curling-chunk", _CHUNK)
         self._layout: RamLayout | None = None
+        self.kept = False
 
     async def first_pass(self, sink: PassSink) -> Description:
         description: Description | None = None
@@ -159,12 +160,14 @@ class WholeEngine:
         return captured
 
     async def resume(self) -> None:
+        self.kept = False
         await let_go_on(self._qmp)
 
     def keep_stopped(self) -> None:
         self._guard.retire()
         if self._guard.acted:
             raise let_go()
+        self.kept = True
 
     def close(self) -> None:
         self._image.close()
@@ -277,7 +280,8 @@ async def open_whole(name: str, qmp: QmpClient, options: EngineOptions) -> Async
             yield engine
         finally:
             with trio.CancelScope(shield=True):
-                await _end(qmp)
+                if not engine.kept:
+                    await _end(qmp)
             engine.close()
 
 

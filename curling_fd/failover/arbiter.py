@@ -72,6 +72,8 @@ class FileArbiter:
     def __init__(self, directory: str | os.PathLike[str], host: str) -> None:
         self._directory = Path(directory)
         self._host = host
+        # Of its own: threads that hang on the directory must not use up those the checkpoints are taken in.
+        self._limiter = trio.CapacityLimiter(2)
 
     async def generation(self, vm: str) -> int:
         return await self._in_time(self._highest, vm)
@@ -96,7 +98,9 @@ class FileArbiter:
         """Run blocking `function` in a thread; a hung file system costs the thread, not the daemon."""
         try:
             with trio.fail_after(FILE_TIMEOUT):
-                return await trio.to_thread.run_sync(function, *args, abandon_on_cancel=True)
+                return await trio.to_thread.run_sync(
+                    function, *args, abandon_on_cancel=True, limiter=self._limiter
+                )
         except trio.TooSlowError:
             raise ArbiterUnavailable(f"{self._directory} did not answer in {FILE_TIMEOUT:g} s") from None
         except OSError as error:

@@ -122,13 +122,15 @@ class Replica:
 
     def restore(self) -> Iterator[bytes | bytearray | memoryview]:
         """The stream that makes a standby, which maps the images, continue from the replica."""
-        assert self._layout is not None and self._configuration is not None, "nothing committed"
+        assert self._layout is not None, "nothing committed"
         sizes = {block.name: block.size for block in self._layout.blocks}
         mapped = {block.name for block in self._mapped}
         small = {
             name: image.view[: sizes[name]] for name, image in self._images.items() if name not in mapped
         }
-        return restore_stream(self._configuration.section, self._layout, small, self._device)
+        # Machine types before 2.4 send no configuration.
+        configuration = self._configuration.section if self._configuration else b""
+        return restore_stream(configuration, self._layout, small, self._device)
 
     def blocks(self) -> tuple[Block, ...]:
         """Every RAM block, in QEMU's order; empty before the first pass named them."""

@@ -7,6 +7,7 @@ commits, never within one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -21,9 +22,13 @@ from curling_fd.replica.image import Replica
 from curling_fd.service.statistics import Counters
 from curling_fd.system.buffers import Buffer, BufferPool
 from curling_fd.system.nursery import open_nursery
+from curling_fd.vmstate.records import PAGE_SIZE
 
 #: Staging buffers: one is filled while the other is committed.
 STAGING = 2
+
+#: No VM has more memory than this, whatever a peer says.
+_MOST_BYTES = 1 << 47
 
 
 @frozen
@@ -146,7 +151,7 @@ class BackupSession:
                 case Kind.END:
                     return Dropped(str(content.get("reason", "no reason given")))
                 case Kind.HANDOVER:
-                    if header.sequence > self._sequence:
+                    if not 0 < header.sequence <= self._sequence:
                         raise FrameError(f"a handover of checkpoint {header.sequence}, which never came")
                     return HandedOver(str(content.get("reason", "")), bool(content.get("paused")))
                 case _:
@@ -215,17 +220,34 @@ def definition_problem(content: dict[str, Any]) -> str | None:
     for key, kind in wanted.items():
         if not isinstance(content.get(key), kind):
             return f"its `{key}` is missing or of another type"
-    if not all(isinstance(word, str) for word in content["argv"]):
+    if not content["argv"] or not all(_is_word(word) for word in content["argv"]):
         return "its command line is not one"
+    if not _is_word(content["machine"]) or not all(isinstance(part, int) for part in content["version"]):
+        return "its machine type or version is not one"
+    if not isinstance(content.get("engine", {}), dict):
+        return "its `engine` is of another type"
     for entry in content["memory"]:
         if not (
             isinstance(entry, list)
             and len(entry) == 2
-            and isinstance(entry[0], str)
+            and _is_word(entry[0])
             and isinstance(entry[1], int)
-            and entry[1] > 0
+            and 0 < entry[1] <= _MOST_BYTES
+            and entry[1] % PAGE_SIZE == 0
         ):
             return "its list of memory is not one"
-    if not isinstance(content.get("max_checkpoint"), int) or content["max_checkpoint"] <= 0:
+    limit = content.get("max_checkpoint")
+    if not isinstance(limit, int) or not 0 < limit <= _MOST_BYTES:
         return "its `max_checkpoint` is not a size"
     return None
+
+
+def _is_word(value: object) -> bool:
+    """A text that can be a word of a command line: without NUL, and encodable."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True

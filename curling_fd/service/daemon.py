@@ -44,6 +44,9 @@ _SWITCH_INTERVAL = 0.0005
 #: Links that say nothing of use yet, at most; more are closed at once.
 _MAX_STRANGERS = 64
 
+#: A VM taken over every second since 1970 is not there yet; what follows it must still fit a frame.
+_MAX_GENERATION = 1 << 40
+
 
 class Daemon:
     """Everything of one curlingd. `run` returns after SIGTERM or SIGINT."""
@@ -111,8 +114,9 @@ class Daemon:
         if self._strangers >= _MAX_STRANGERS:
             stream.socket.close()
             return
-        link = FrameLink(stream.socket)
+        link: FrameLink | None = None
         try:
+            link = FrameLink(stream.socket)
             self._strangers += 1
             try:
                 vm, hello = await self._introduced(stream.socket, link)
@@ -123,8 +127,14 @@ class Daemon:
             pass  # somebody looked whether we are here
         except CurlingError as error:
             _logger.warning("a link from another host was refused: %s", error)
+        except Exception as error:
+            # Whatever one peer sends or does: the VMs of the others, and the guests here, must not feel it.
+            _logger.error("a link from another host ended unexpectedly", exc_info=error)
         finally:
-            link.close()
+            if link is not None:
+                link.close()
+            else:
+                stream.socket.close()
 
     async def _introduced(self, sock: trio.socket.SocketType, link: FrameLink) -> tuple[Vm, Received]:
         """The VM that the peer names in its greeting.
@@ -139,6 +149,8 @@ class Daemon:
                 hello = await link.receive()
             if hello is None or hello.header.kind is not Kind.HELLO:
                 raise FrameError("the peer did not greet")
+            if hello.header.generation > _MAX_GENERATION:
+                raise FrameError(f"generation {hello.header.generation}, which nobody reaches by takeovers")
             theirs = hello.content.get("protocol")
             if theirs != PROTOCOL:
                 raise PeerIncompatible(PROTOCOL, theirs if isinstance(theirs, int) else 0)

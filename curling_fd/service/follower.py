@@ -7,7 +7,9 @@ is alive and its guest may well run: a daemon that died comes back, and finds us
 
 from __future__ import annotations
 
-from contextlib import suppress
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,18 @@ import trio
 from attrs import define
 
 from curling_fd.capture.probe import Choice
-from curling_fd.capture.recover import recover
 from curling_fd.errors import (
-    ArbiterError,
     ArbiterLost,
+    ConfigError,
     CurlingError,
     FrameError,
     HostsDisagree,
     LinkError,
+    LinkLost,
     NotProtected,
     PeerUnreachable,
     PrimaryAlive,
-    QmpError,
+    QmpUnreachable,
     RemoteProtocolError,
     StaleGeneration,
     StandbyFailed,
@@ -81,6 +83,7 @@ class Follower:
         self._session: BackupSession | None = None
         self._link: FrameLink | None = None
         self._suspicion: trio.CancelScope | None = None
+        self._claiming = False  # from the question for the right to the end of the takeover
         self._done = trio.Event()
         self._done.set()
 
@@ -119,6 +122,8 @@ class Follower:
             StaleGeneration, WrongRole, HostsDisagree: it cannot.
         """
         record = self._record
+        if self._claiming:
+            raise WrongRole(record.name, "being its backup", role(record.state))
         theirs, host = hello.header.generation, hello.content.get("host")
         if host == record.host.name:
             raise HostsDisagree(f"both are called {host}")
@@ -126,6 +131,8 @@ class Follower:
             # The primary came back before we noticed that it had gone.
             self._session.interrupt("the primary connected anew")
             await self._done.wait()
+            if self._claiming:
+                raise WrongRole(record.name, "being its backup", role(record.state))
         running_here = record.state in RUNS or record.state is State.SWITCHING
         if running_here and theirs <= record.generation:
             if theirs < record.generation:
@@ -145,9 +152,8 @@ class Follower:
         if record.qmp is not None:
             try:
                 async with open_qmp(record.qmp) as qmp:
-                    await recover(qmp)
-                    await quit_qemu(qmp)
-            except QmpError:
+                    await quit_qemu(qmp)  # not recovered before: that could start its guest
+            except QmpUnreachable:
                 pass  # it is gone already
         record.remember(fenced=None, qmp=None)
 
@@ -168,7 +174,8 @@ class Follower:
             if kept is not None:
                 kept.close()
             event = Event.LINK_LOST if isinstance(error, LinkError) else Event.REFUSED
-            record.advance(event, text(error) if isinstance(error, CurlingError) else None)
+            if allowed(record.state, event):
+                record.advance(event, text(error) if isinstance(error, CurlingError) else None)
             raise
         self._kept = kept
         daemon = record.host.config
@@ -193,6 +200,9 @@ class Follower:
         except StandbyFailed as error:
             record.advance(Event.STANDBY_DIED, text(error))
             self._drop()
+            raise
+        except Exception as error:  # a bug, or this host is out of something: over all the same
+            self._lost(LinkLost(f"an unexpected error: {type(error).__name__}"))
             raise
         else:
             if isinstance(outcome, Dropped):
@@ -274,20 +284,22 @@ class Follower:
                         record.reason = reason
                         record.note("waiting", reason)
                 else:
-                    try:
-                        await self._claim()
-                    except ArbiterLost as error:
-                        record.advance(Event.LOST, text(error))
-                        self._drop()
-                        return
-                    except ArbiterError as error:
-                        record.reason = text(error)
-                        record.note("waiting", text(error))
-                    else:
-                        self._suspicion = None
-                        with trio.CancelScope(shield=True), suppress(CurlingError):  # it is in the journal
-                            await self._take_over(Event.WON, "the primary is lost")
-                        return
+                    # Shielded: a claim that is cut short may have been made all the same.
+                    with trio.CancelScope(shield=True), self._alone():
+                        try:
+                            await self._claim()
+                        except ArbiterLost as error:
+                            record.advance(Event.LOST, text(error))
+                            self._drop()
+                            return
+                        except CurlingError as error:
+                            record.reason = text(error)
+                            record.note("waiting", text(error))
+                        else:
+                            self._suspicion = None
+                            with suppress(CurlingError):  # it is in the journal
+                                await self._take_over(Event.WON, "the primary is lost")
+                            return
                 await trio.sleep(_LOOK_AGAIN)
 
     async def _host_answers(self) -> bool:
@@ -317,43 +329,44 @@ class Follower:
         record = self._record
         if role(record.state) != "backup":
             raise WrongRole(record.name, "failover", role(record.state))
-        if record.state not in REPLICA_VALID or self._kept is None:
+        if record.state not in REPLICA_VALID or self._kept is None or self._claiming:
             raise NotProtected(record.name, record.state.value)
         session, link = self._session, self._link
         if session is not None and link is not None and not force:
             raise PrimaryAlive(record.name, (trio.current_time() - link.statistics.heard) * 1000)
-        self._suspect_no_more()
-        await self._claim()
-        if session is not None and link is not None:
-            await self.refuse(link, StaleGeneration(record.generation, record.generation - 1))
-            session.interrupt("failover by an operator")
-            await self._done.wait()
+        with trio.CancelScope(shield=True), self._alone():
             self._suspect_no_more()
-        finished = trio.Event()
-        outcome: list[CurlingError] = []
+            await self._claim()
+            if session is not None and link is not None:
+                await self.refuse(link, StaleGeneration(record.generation, record.generation - 1))
+                with trio.move_on_after(record.host.config.failure_timeout):
+                    await self._done.wait()  # it stops its guest, and hangs up
+                session.interrupt("failover by an operator")
+                await self._done.wait()
+                self._suspect_no_more()
+            await self._take_over(Event.ORDERED, "by an operator")
 
-        async def take() -> None:
-            try:
-                await self._take_over(Event.ORDERED, "by an operator")
-            except CurlingError as error:
-                outcome.append(error)
-            finally:
-                finished.set()
-
-        record.host.nursery.start_soon(take)
-        await finished.wait()
-        if outcome:
-            raise outcome[0]
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside the block nobody else claims the VM, and no primary gets us to drop the replica."""
+        self._claiming = True
+        try:
+            yield
+        finally:
+            self._claiming = False
+            self._record.stir()
 
     async def _take_handed_over(self, link: FrameLink, outcome: HandedOver) -> None:
         record = self._record
-        try:
-            await self._claim()
-        except ArbiterError:
-            record.advance(Event.DROPPED, "the arbiter did not let us take the VM")
-            self._drop()
-            raise
-        with trio.CancelScope(shield=True):
+        if self._claiming:
+            return  # an operator has forced it meanwhile, and takes it over when this session is done
+        with trio.CancelScope(shield=True), self._alone():
+            try:
+                await self._claim()
+            except CurlingError as error:
+                record.advance(Event.DROPPED, f"we could not get the right to take the VM: {text(error)}")
+                self._drop()
+                raise
             await self._take_over(Event.HANDED_OVER, outcome.reason)
             try:
                 await link.send(Kind.TAKEN, record.generation)
@@ -376,7 +389,8 @@ class Follower:
             StandbyFailed: QEMU did not take it.
         """
         record, kept = self._record, self._kept
-        assert kept is not None
+        if kept is None or not allowed(record.state, event):
+            raise NotProtected(record.name, record.state.value)
         decided = trio.current_time()
         record.advance(event, reason)
         try:
@@ -389,10 +403,15 @@ class Follower:
         record.counters.failover_ms = round((trio.current_time() - decided) * 1000, 1)
         record.paused = kept.paused
         # From here on the VM outlives this daemon, which will find it by what it remembers.
-        record.remember(qmp=str(kept.standby.qmp_path), wanted=record.config.peer is not None)
         kept.standby.release()
         self._kept = None
         kept.close()
+        try:
+            record.remember(
+                qmp=str(kept.standby.qmp_path), wanted=record.config.peer is not None, fenced=None
+            )
+        except ConfigError as error:  # it runs all the same
+            record.note("not-remembered", text(error), level=logging.ERROR)
         record.advance(Event.RUNNING, reason, failover_ms=record.counters.failover_ms)
         if record.wanted:
             self._protector.start()
@@ -414,4 +433,6 @@ class Follower:
             self._session.interrupt("the daemon on the backup stops")
             await self._done.wait()
         self._suspect_no_more()
+        while self._claiming:  # a takeover is finished: nobody else may run the VM now
+            await self._record.changed.park()
         self._drop()

@@ -28,7 +28,10 @@ def check_secure(sock: trio.socket.SocketType, insecure: bool) -> None:
     Raises:
         InsecurePeer: the peer is not on loopback and the configuration does not say `insecure = true`.
     """
-    peer = sock.getpeername()[0]
+    try:
+        peer = sock.getpeername()[0]
+    except OSError:  # reset before we looked
+        raise LinkLost("the peer closed the link") from None
     if not insecure and not (peer.startswith(("127.", "::ffff:127.")) or peer == "::1"):
         raise InsecurePeer(peer)
 

@@ -373,7 +373,11 @@ class PrimarySession:
                 case Kind.ACK:
                     self._acknowledged(header.sequence)
                 case Kind.REFUSE:
-                    raise refusal(received, self._generation)
+                    error = refusal(received, self._generation)
+                    if isinstance(error, StaleGeneration):
+                        with suppress(QmpError):  # before all else: the backup is about to run it
+                            await self._qmp.execute("stop")
+                    raise error
                 case _:
                     raise FrameError(f"a {header.kind.name} frame, which a backup does not send now")
 
@@ -433,9 +437,9 @@ def _now_us() -> int:
 
 
 def refusal(received: Received, generation: int) -> LinkError:
-    """The error in a REFUSE frame. `generation` is ours."""
+    """The error in a REFUSE frame that came when we were at `generation`."""
     content = received.content
-    if content.get("kind") == "StaleGeneration":
+    if content.get("kind") == "StaleGeneration" and received.header.generation > generation:
         return StaleGeneration(ours=generation, theirs=received.header.generation)
     return PeerRefused(
         str(content.get("kind", "")),

@@ -6,6 +6,7 @@ session decides what follows; the table in `failover.states` says which state th
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -14,7 +15,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from curling_fd.capture.choice import open_engine
-from curling_fd.capture.engine import EngineOptions
+from curling_fd.capture.engine import Engine, EngineOptions
 from curling_fd.capture.recover import recover
 from curling_fd.errors import (
     AlreadyProtected,
@@ -25,6 +26,7 @@ from curling_fd.errors import (
     ColoError,
     ConfigError,
     CurlingError,
+    EngineFailed,
     FrameError,
     GuestEnded,
     LinkError,
@@ -34,6 +36,7 @@ from curling_fd.errors import (
     PeerUnreachable,
     QemuDied,
     QmpError,
+    QmpUnreachable,
     StaleGeneration,
     StreamError,
     Unprotected,
@@ -51,6 +54,8 @@ from curling_fd.service.pace import Pace
 from curling_fd.service.primary import Callbacks, PrimarySession, SessionOptions
 from curling_fd.service.record import VmRecord, text
 from curling_fd.service.statistics import Counters
+
+_logger = logging.getLogger("curling")
 
 #: Seconds between attempts: from the first to the last of these.
 _RETRY = (0.5, 10.0)
@@ -90,6 +95,8 @@ class Protector:
         self._unusable: dict[str, str] = {}
         self._outcome: CurlingError | None = None
         self._by_order = False
+        self._sure = False  # no backup of an earlier session may take the VM over
+        self._handing_over = False  # the guest is kept stopped, for the backup may run it
 
     @property
     def running(self) -> bool:
@@ -110,7 +117,7 @@ class Protector:
         if record.qmp is None or record.config.peer is None:
             key = "qmp" if record.qmp is None else "peer"
             raise ConfigError(f"vms/{record.name}.toml", "protecting needs it", key)
-        if record.wanted and self.running:
+        if self.running:
             raise AlreadyProtected(record.name, record.state.value)
         if not allowed(record.state, Event.PROTECT):
             raise WrongRole(record.name, "protect", record.state.value)
@@ -124,6 +131,7 @@ class Protector:
         """Begin to protect in the background. `first`: give up on the first failure and say why."""
         self._idle = trio.Event()
         self._outcome = None
+        self._by_order = False
         self._record.host.nursery.start_soon(self._run, first)
 
     async def unprotect(self) -> None:
@@ -211,11 +219,11 @@ class Protector:
                     try:
                         await self._attempt()
                         return
-                    except CurlingError as error:
-                        self._outcome = error
+                    except Exception as raised:
+                        self._outcome = error = ours(raised)
                         if not await self._settle(error):
                             return
-                        if first and not record.wanted and not self._has_fallback():
+                        if self._by_order or (first and not record.wanted and not self._has_fallback()):
                             return
                     progressed = record.counters.committed != committed
                     delay = _RETRY[0] if progressed else min(delay * 2, _RETRY[1])
@@ -245,6 +253,11 @@ class Protector:
                 record.advance(Event.UNPROTECT, text(error))
                 await self._win_alone()
                 return False
+            case QmpUnreachable() if record.taken_over:
+                # It ran here since a takeover, and its monitor is gone: this host was booted anew, say.
+                record.remember(wanted=False, qmp=None)
+                record.advance(Event.GUEST_ENDED, text(error))
+                return False
             case GuestEnded():
                 record.remember(wanted=False, qmp=None)
                 record.advance(Event.GUEST_ENDED, error.how)
@@ -270,6 +283,10 @@ class Protector:
                 event = Event.CAPTURE_FAILED
             case _:
                 event = Event.REFUSED
+        if record.state is State.UNPROTECTED:
+            return True  # a handover that failed has led here already
+        if record.arbiter.automatic and record.state in (State.PROTECTED, State.SWITCHING):
+            event = Event.LINK_LOST  # the backup has a replica: without its consent only the arbiter's counts
         if not allowed(record.state, event):
             event = Event.REFUSED
         if allowed(record.state, event):  # else a handover that failed has settled it already
@@ -300,16 +317,30 @@ class Protector:
     async def _fence(self, event: Event, reason: str, generation: int) -> None:
         """Another host has the right to run the VM: stop it here, at once."""
         record = self._record
-        record.remember(fenced=reason, wanted=False)
-        record.advance(event, reason, theirs=generation)
-        if record.qmp is not None:
+        if allowed(record.state, event):
+            record.advance(event, reason, theirs=generation)
+        try:
+            record.remember(fenced=reason, wanted=False)
+        except ConfigError as error:
+            record.note("not-remembered", text(error), level=logging.ERROR)
+        while record.qmp is not None and record.state is State.FENCED:
             try:
                 async with open_qmp(record.qmp) as qmp:
-                    await recover(qmp)
-                    await qmp.execute("stop")
-                record.note("stopped", f"the VM was stopped here: {reason}")
-            except QmpError as error:
-                record.note("stop-failed", f"the VM may still run here: {text(error)}")
+                    if self._handing_over:
+                        await quit_qemu(qmp)  # recovering would start it first
+                    else:
+                        await recover(qmp)
+                        await qmp.execute("stop")
+            except QmpUnreachable:
+                record.note("gone", f"there is no VM here to be stopped: {reason}")
+                return
+            except (QmpError, CaptureError) as error:
+                record.note("stop-failed", f"the VM may still run here: {text(error)}", level=logging.ERROR)
+                await trio.sleep(_ASK_AGAIN)
+                continue
+            self._handing_over = False
+            record.note("stopped", f"the VM was stopped here: {reason}")
+            return
 
     # One attempt.
 
@@ -333,10 +364,16 @@ class Protector:
         """A link to a peer whose standby waits."""
         record, config = self._record, self._record.config
         assert config.peer is not None
+        if record.wanted and record.arbiter.automatic and not self._sure:
+            # The daemon before us may have left a replica that the backup may run any moment.
+            generation = await record.arbiter.swap(record.name, record.generation, incumbent=True)
+            record.remember(generation=generation)
+            self._sure = True
         link = await dial(config.peer, record.host.config.insecure)
         try:
             known = await greet(link, record.host.name, record.name, record.generation)
             await self._claim(known)
+            self._sure = True
             token = None
             if isinstance(record.arbiter, FileArbiter):
                 token = await record.arbiter.leave_token(record.name)
@@ -382,8 +419,7 @@ class Protector:
             self._session = session
             try:
                 await session.run()
-                engine.keep_stopped()
-                await self._hand_over(session, qmp, "a planned switch")
+                await self._hand_over(session, engine, qmp, "a planned switch")
             except (GuestEnded, Unprotected) as end:
                 await _say_end(link, record.generation, text(end))
                 raise
@@ -420,29 +456,46 @@ class Protector:
 
     # Handing the VM over.
 
-    async def _hand_over(self, session: PrimarySession, qmp: QmpClient, reason: str) -> None:
-        """The guest is stopped and its last checkpoint committed: let the backup run it."""
+    async def _hand_over(
+        self, session: PrimarySession, engine: Engine, qmp: QmpClient, reason: str
+    ) -> None:
+        """The guest is stopped and its last checkpoint committed: let the backup run it.
+
+        Until the answer is known nothing starts it here: not leaving the engine, not a guard, not the next
+        daemon, which finds the VM fenced.
+        """
         record = self._record
+        engine.keep_stopped()
+        record.remember(fenced="it was being handed over, and no answer came")
+        self._handing_over = True
         try:
             generation = await session.hand_over(reason)
         except PeerRefused as error:
             self._outcome = error
+            await self._take_back(engine)
             record.advance(Event.NOT_TAKEN, text(error))
             raise
-        except LinkError as error:
+        except (LinkError, FrameError) as error:
             self._outcome = error
             record.advance(Event.LINK_LOST, f"the handover is in doubt: {text(error)}")
             taken = await self._resolve_doubt()
             if taken is None:
+                await self._take_back(engine)
                 record.advance(Event.WON, "the backup did not take the VM")
                 raise
             generation = taken
-        record.remember(generation=generation, wanted=False, qmp=None)
         await quit_qemu(qmp)
+        record.remember(generation=generation, wanted=False, qmp=None, fenced=None)
+        self._handing_over = False
         if record.state is State.HOLDING:
             record.advance(Event.LOST, "the backup runs the VM")
         else:
             record.advance(Event.TAKEN, "the VM runs on the other host")
+
+    async def _take_back(self, engine: Engine) -> None:
+        self._handing_over = False
+        self._record.remember(fenced=None)
+        await engine.resume()
 
     async def _resolve_doubt(self) -> int | None:
         """Find out whether the backup took the VM: its generation there, or None if it runs here again.
@@ -488,6 +541,14 @@ class Protector:
             return
         record.remember(generation=generation, wanted=False, qmp=None)
         record.advance(Event.TAKEN, "its QEMU died here; the other host runs the VM")
+
+
+def ours(error: Exception) -> CurlingError:
+    """`error`, or one of ours in its place: a bug, or a host out of something, must not end the daemon."""
+    if isinstance(error, CurlingError):
+        return error
+    _logger.error("a session of protection failed unexpectedly", exc_info=error)
+    return EngineFailed("any", f"curlingd hit an error it did not expect ({type(error).__name__})")
 
 
 async def _say_end(link: FrameLink, generation: int, reason: str) -> None:

@@ -72,6 +72,11 @@ class VmRecord:
     def qmp(self) -> str | None:
         return self._remembered.qmp or self.config.qmp
 
+    @property
+    def taken_over(self) -> bool:
+        """The VM runs here since a takeover, or did."""
+        return self._remembered.qmp is not None
+
     def remember(self, **changes: Any) -> None:
         """Change what is remembered; on disk when this returns."""
         self._remembered = evolve(self._remembered, **changes)

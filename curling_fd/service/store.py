@@ -62,8 +62,18 @@ class Store:
             raise ConfigError(str(path), f"the remembered state is unreadable: {error}") from None
 
     def save(self, vm: str, remembered: Remembered) -> None:
-        """Write what to remember of `vm`; it is on disk when this returns."""
+        """Write what to remember of `vm`; it is on disk when this returns.
+
+        Raises:
+            ConfigError: it cannot be: the disk is full, say.
+        """
         path = self._path(vm)
+        try:
+            self._write(path, remembered)
+        except OSError as error:
+            raise ConfigError(str(path), f"cannot be written: {error.strerror or error}") from None
+
+    def _write(self, path: Path, remembered: Remembered) -> None:
         draft = path.with_suffix(".new")
         with open(draft, "w", encoding="utf-8") as file:
             json.dump(asdict(remembered), file)

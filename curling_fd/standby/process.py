@@ -23,6 +23,9 @@ START_TIMEOUT = 20.0
 
 _POLL_SECONDS = 0.01
 
+#: Seconds a killed QEMU is waited for.
+_KILL_SECONDS = 1.0
+
 _released: list[subprocess.Popen[bytes]] = []
 """VMs that live on without us, but are still our children to reap."""
 
@@ -124,7 +127,10 @@ class StandbyProcess:
         else:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            self._process.wait()
+            try:
+                self._process.wait(_KILL_SECONDS)
+            except subprocess.TimeoutExpired:  # it hangs in the kernel, which must not make us hang
+                _released.append(self._process)
             if self._guard is not None:
                 self._guard.retire()
         self._read_stderr()

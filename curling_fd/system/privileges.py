@@ -2,8 +2,8 @@
 
 Source: capabilities(7). A program started by root gets the bounding set, so that set is for both, and it
 is the list of CapabilityBoundingSet= in systemd/curlingd.service too (a test compares them). What only a
-QEMU needs is in our permitted set, where it must be to be passed on, and not in the effective one, but for the
-moments in which it is `raised`.
+QEMU needs is in our permitted set, where it must be to be passed on, and not in the effective one, except
+while it is `raised`.
 
 Left out on purpose: CAP_SYS_ADMIN (network namespaces are entered before curlingd starts), CAP_IPC_LOCK
 (LimitMEMLOCK= serves `-overcommit mem-lock=on`), CAP_SYS_MODULE (the kernel loads qdiscs and link types
@@ -41,7 +41,7 @@ PASSED_ON = {
 """What a QEMU needs that curlingd starts.
 
 The last is for userfaultfd on memory KVM uses: where vm.unprivileged_userfaultfd is 0, QEMU 7.2 refuses
-`background-snapshot` without it. We raise it to free a guest from a snapshot that broke off (see `userfault`).
+`background-snapshot` without it. We raise it to free a guest from a snapshot that broke off: `userfault`.
 """
 
 
@@ -93,7 +93,7 @@ def drop() -> Privileges:
 
 @contextmanager
 def raised(name: str) -> Iterator[None]:
-    """Have a capability of PASSED_ON in effect for a block, for this thread; nothing happens if we lack it."""
+    """Have a capability of PASSED_ON in effect for a block, in this thread, unless we lack it."""
     numbers = [number for number, known in _names().items() if known == name and name in _permitted()]
     if numbers:
         prctl.set_caps((numbers, prctl.CAP_EFFECTIVE, True))

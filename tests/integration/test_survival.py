@@ -62,9 +62,7 @@ BUSY = LinuxGuest(pages=25000, dirty=25000, pause_us=10000, mode="dirty", memory
 
 
 @asynccontextmanager
-async def protected(
-    qemu: Executable, guest: LinuxGuest, **keys: str
-) -> AsyncIterator[tuple[Stage, Witness]]:
+async def protected(qemu: Executable, guest: LinuxGuest, **keys: str) -> AsyncIterator[tuple[Stage, Witness]]:
     """The guest, protected on alpha, and somebody who watches it."""
     async with stage(LabVm(qemu=qemu, guest=guest), automatic=False, **keys) as here:
         await here.protect(1)
