@@ -25,6 +25,7 @@ from bench.machine import Usage, describe, wait_quiet
 from bench.report import document, summary
 from bench.rounds import LOADS, run_rounds
 from bench.stops import EngineAlone, Floor, Stock, Variant, primary
+from tests.lab.hosts import termination_as_interrupt
 from tests.lab.roots import Executable, qemu_binary
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +121,8 @@ def main() -> int:
     result: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
     result |= {"machine": describe(), "qemu": qemu.banner, "max_checkpoint": MAX_CHECKPOINT}
     before = Usage.now()
-    trio.run(measure, options.parts, qemu, options.budget, result)
+    with termination_as_interrupt():
+        trio.run(measure, options.parts, qemu, options.budget, result)
     result["seconds"] = round(time.monotonic() - _STARTED, 1)
     result["foreign_cpus"] = round(Usage.now().foreign_since(before), 3)
     options.output.parent.mkdir(exist_ok=True)

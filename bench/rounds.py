@@ -62,6 +62,7 @@ class Series:
             "stop_ms_p99": percentile(stops, 99),
             "stop_ms_max": max(stops),
             "round_medians_ms": self.medians(),
+            "stops_ms": stops,
             "details": {
                 name: median([visit.details[name] for visit in self.visits if name in visit.details])
                 for name in sorted(names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 
 from curling_fd.capture.settings import capabilities, set_capabilities
-from curling_fd.errors import CheckpointTimeout, EngineFailed, QmpCommandFailed
+from curling_fd.errors import CheckpointTimeout, EngineFailed, MigrationBlocked, QmpCommandFailed
 from curling_fd.qmp.client import EventStream, QmpClient
 from curling_fd.system.privileges import raised
 from curling_fd.system.userfault import release
@@ -25,12 +25,16 @@ _AGAIN = 0.001
 _UNDER_WAY = ("setup", "active", "device", "pre-switchover", "cancelling", "failing", "colo")
 
 
-async def recover(qmp: QmpClient) -> None:
+async def recover(qmp: QmpClient, *, ours: bool = True) -> None:
     """End a checkpoint loop or a migration in whatever state it is; nothing happens where there is none.
 
     QEMU starts the guest at the end of its checkpoint loop. One that stood still before stands still again.
 
+    Args:
+        ours: a migration that is under way is ours to end. A checkpoint loop always is.
+
     Raises:
+        MigrationBlocked: an administrator's migration is under way.
         CheckpointTimeout: QEMU did not end it.
         EngineFailed: a snapshot has left the guest waiting, and we cannot help it.
     """
@@ -41,8 +45,10 @@ async def recover(qmp: QmpClient) -> None:
         with trio.move_on_after(_TIMEOUT) as scope:
             if status == "colo":
                 await qmp.execute("x-colo-lost-heartbeat")
-            elif status in _UNDER_WAY:
+            elif status in _UNDER_WAY and ours:
                 await qmp.execute("migrate_cancel")
+            elif status in _UNDER_WAY:
+                raise MigrationBlocked(("another migration of the VM is under way",))
             await until_no_migration(qmp, events)
             if status == "colo" and stands:
                 async for event in starts:

@@ -108,6 +108,8 @@ class Replica:
             raise FrameError("a checkpoint whose memory part is not whole")
         if not head.device:
             raise FrameError("a checkpoint without device state")
+        if head.disk:
+            raise FrameError("a checkpoint with a disk log, and no disk is replicated")
         device = bytes(view[end : end + head.device])
         return Staged(sequence, view, tuple(_runs(scanner.drain())), device, scanner.last_block)
 

@@ -17,6 +17,7 @@ from typing import Any
 import trio
 from attrs import define
 
+from curling_fd.capture.intake import PIECE
 from curling_fd.capture.probe import Choice
 from curling_fd.errors import (
     ArbiterLost,
@@ -53,8 +54,8 @@ from curling_fd.vmstate.records import Block
 #: Seconds between two looks at a host whose daemon is gone, or two questions to an arbiter.
 _LOOK_AGAIN = 1.0
 
-#: Seconds without an answer after which a host counts as not reachable; it says nothing about its guests.
-_REACH_TIMEOUT = 1.0
+#: Seconds without an answer after which a host counts as not reachable; a kernel that lives answers at once.
+_REACH_TIMEOUT = 0.3
 
 #: A primary describes its VM within this many seconds of its greeting.
 _DEFINE_TIMEOUT = 30.0
@@ -84,6 +85,7 @@ class Follower:
         self._link: FrameLink | None = None
         self._suspicion: trio.CancelScope | None = None
         self._claiming = False  # from the question for the right to the end of the takeover
+        self._heard = 0.0  # when the primary was heard last
         self._done = trio.Event()
         self._done.set()
 
@@ -138,6 +140,10 @@ class Follower:
             if theirs < record.generation:
                 raise StaleGeneration(ours=record.generation, theirs=theirs)
             raise WrongRole(record.name, "being its backup", role(record.state))
+        if running_here and record.arbiter.automatic:
+            granted = await record.arbiter.generation(record.name)
+            if granted <= record.generation:
+                raise HostsDisagree(f"{host} claims generation {theirs}, the arbiter granted {granted}")
         if running_here:
             await self._protector.yield_to(theirs, str(host))
         if record.state is State.FENCED:
@@ -230,7 +236,7 @@ class Follower:
         self._show(content)
         memory = [Block(name, size) for name, size in content["memory"]]
         record.ram_bytes = sum(block.size for block in memory)
-        max_raw = HEAD_SIZE + content["max_checkpoint"]
+        max_raw = HEAD_SIZE + max(content["max_checkpoint"], PIECE)
         standby = await start_standby(
             record.config,
             Path(record.host.config.runtime_directory) / record.name,
@@ -264,9 +270,8 @@ class Follower:
 
     def _lost(self, error: CurlingError) -> None:
         record = self._record
-        silent = trio.current_time() - self._link.statistics.heard if self._link else 0.0
-        record.counters.detection_ms = round(silent * 1000, 1)
-        record.advance(Event.LINK_LOST, text(error), detection_ms=record.counters.detection_ms)
+        self._heard = self._link.statistics.heard if self._link else trio.current_time()
+        record.advance(Event.LINK_LOST, text(error))
         if record.state is not State.SUSPECT:
             self._drop()
         elif record.arbiter.automatic:
@@ -297,10 +302,16 @@ class Follower:
                             record.note("waiting", text(error))
                         else:
                             self._suspicion = None
+                            record.counters.detection_ms = self._silent_ms()
                             with suppress(CurlingError):  # it is in the journal
                                 await self._take_over(Event.WON, "the primary is lost")
+                                self._protect_again()
                             return
                 await trio.sleep(_LOOK_AGAIN)
+
+    def _silent_ms(self) -> float:
+        """Milliseconds since the primary was heard last."""
+        return round((trio.current_time() - self._heard) * 1000, 1)
 
     async def _host_answers(self) -> bool:
         """Does anything at the primary's address answer, be it with a refusal?"""
@@ -322,7 +333,7 @@ class Follower:
         """Take the VM over on an operator's word; returns when it runs here.
 
         Raises:
-            PrimaryAlive: the primary is alive and well, and `force` is not given.
+            PrimaryAlive: the primary, or at least its host, is alive, and `force` is not given.
             NotProtected, WrongRole: there is no committed checkpoint to run from.
             ArbiterError: the arbiter does not let us; `force` does not change that.
         """
@@ -332,8 +343,10 @@ class Follower:
         if record.state not in REPLICA_VALID or self._kept is None or self._claiming:
             raise NotProtected(record.name, record.state.value)
         session, link = self._session, self._link
-        if session is not None and link is not None and not force:
-            raise PrimaryAlive(record.name, (trio.current_time() - link.statistics.heard) * 1000)
+        if link is not None:
+            self._heard = link.statistics.heard
+        if not force and (session is not None or await self._host_answers()):
+            raise PrimaryAlive(record.name, self._silent_ms())
         with trio.CancelScope(shield=True), self._alone():
             self._suspect_no_more()
             await self._claim()
@@ -345,6 +358,7 @@ class Follower:
                 await self._done.wait()
                 self._suspect_no_more()
             await self._take_over(Event.ORDERED, "by an operator")
+            self._protect_again()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -372,6 +386,7 @@ class Follower:
                 await link.send(Kind.TAKEN, record.generation)
             except LinkError:
                 pass  # the primary asks again, and is told that it is stale
+            self._protect_again()
 
     async def _claim(self) -> None:
         """Raise the generation: from here on this host has the right to run the VM."""
@@ -408,12 +423,18 @@ class Follower:
         kept.close()
         try:
             record.remember(
-                qmp=str(kept.standby.qmp_path), wanted=record.config.peer is not None, fenced=None
+                qmp=str(kept.standby.qmp_path),
+                wanted=record.config.peer is not None,
+                fenced=None,
+                elsewhere=False,
             )
         except ConfigError as error:  # it runs all the same
             record.note("not-remembered", text(error), level=logging.ERROR)
         record.advance(Event.RUNNING, reason, failover_ms=record.counters.failover_ms)
-        if record.wanted:
+
+    def _protect_again(self) -> None:
+        """The VM runs here now: protect it from here."""
+        if self._record.wanted:
             self._protector.start()
 
     def _suspect_no_more(self) -> None:

@@ -7,6 +7,7 @@ session; leaving the engine's block then lets the guest run on (I5).
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -157,6 +158,7 @@ class PrimarySession:
         self._capturing = trio.Lock()
         self._stirred = trio.Event()  # replaced at each stir: something the capture waits for changed
         self._switching = False
+        self._notes, self._notes_due = trio.open_memory_channel[bool](math.inf)
         self._capture_began: float | None = None
         self._end = trio.Event()
         self._end_reason = ""
@@ -179,6 +181,7 @@ class PrimarySession:
                 nursery.start_soon(watch_pulse, self._link, self._options.failure_timeout)
                 nursery.start_soon(self._watch)
                 nursery.start_soon(self._notice_end)
+                nursery.start_soon(self._send_notes, self._notes_due)
                 started = trio.current_time()
                 whole = Window.PRECOPY if self._window is Window.LOOP else self._window
                 self.stops.window_opens(whole, _now_us(), counting=False)
@@ -319,7 +322,7 @@ class PrimarySession:
             changed = self.stops.order(paused)
         if changed:
             with suppress(LinkError):  # the session notices
-                await self._tell_paused()
+                self._tell_paused()
 
     async def _keep_paused(self) -> None:
         """Pause the guest again if the checkpoint that was under way when it was paused has started it."""
@@ -329,10 +332,15 @@ class PrimarySession:
             if running and self.stops.paused and not self._events.statistics().current_buffer_used:
                 await self._qmp.execute("stop")
 
-    async def _tell_paused(self) -> None:
+    def _tell_paused(self) -> None:
         self._stir()
         self._callbacks.paused(self.stops.paused)
-        await self._link.send(Kind.NOTE, self._generation, content={"paused": self.stops.paused})
+        self._notes.send_nowait(self.stops.paused)
+
+    async def _send_notes(self, notes: trio.MemoryReceiveChannel[bool]) -> None:
+        """Tell the backup of pauses. In a task of its own: a long frame may be in the way."""
+        async for paused in notes:
+            await self._link.send(Kind.NOTE, self._generation, content={"paused": paused})
 
     async def _until_due(self, boundary: float) -> None:
         """Wait until a checkpoint is due, the guest not being paused; or a switch is wanted."""
@@ -407,7 +415,7 @@ class PrimarySession:
         changed = self.stops.feed(event, run_state)
         self._stir()
         if changed:
-            await self._tell_paused()
+            self._tell_paused()
 
     async def _explain(self, error: Exception) -> None:
         """Look whether QEMU's end is behind `error`, and raise that instead."""

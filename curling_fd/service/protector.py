@@ -19,6 +19,7 @@ from curling_fd.capture.engine import Engine, EngineOptions
 from curling_fd.capture.recover import recover
 from curling_fd.errors import (
     AlreadyProtected,
+    ArbiterError,
     ArbiterLost,
     ArbiterUnavailable,
     CaptureError,
@@ -33,7 +34,6 @@ from curling_fd.errors import (
     LinkLost,
     NotProtected,
     PeerRefused,
-    PeerUnreachable,
     QemuDied,
     QmpError,
     QmpUnreachable,
@@ -95,6 +95,7 @@ class Protector:
         self._unusable: dict[str, str] = {}
         self._outcome: CurlingError | None = None
         self._by_order = False
+        self._attempted = False
         self._sure = False  # no backup of an earlier session may take the VM over
         self._handing_over = False  # the guest is kept stopped, for the backup may run it
 
@@ -348,7 +349,9 @@ class Protector:
         record, config = self._record, self._record.config
         assert record.qmp is not None and config.peer is not None
         async with open_qmp(record.qmp) as qmp:
-            await recover(qmp)
+            # Only the daemon before us can have left something; any other migration is an administrator's.
+            await recover(qmp, ours=record.wanted and not self._attempted)
+            self._attempted = True
             record.paused = await qmp.status() == "paused"
             with qmp.events() as events:
                 disks = (*config.shared_disks, *config.scratch_disks)
@@ -382,7 +385,7 @@ class Protector:
             finally:
                 if isinstance(record.arbiter, FileArbiter) and token is not None:
                     await record.arbiter.remove_token(token)
-            record.remember(wanted=record.wanted, fenced=None)
+            record.remember(fenced=None, elsewhere=False)
             yield link
         finally:
             link.close()
@@ -456,9 +459,7 @@ class Protector:
 
     # Handing the VM over.
 
-    async def _hand_over(
-        self, session: PrimarySession, engine: Engine, qmp: QmpClient, reason: str
-    ) -> None:
+    async def _hand_over(self, session: PrimarySession, engine: Engine, qmp: QmpClient, reason: str) -> None:
         """The guest is stopped and its last checkpoint committed: let the backup run it.
 
         Until the answer is known nothing starts it here: not leaving the engine, not a guard, not the next
@@ -485,7 +486,7 @@ class Protector:
                 raise
             generation = taken
         await quit_qemu(qmp)
-        record.remember(generation=generation, wanted=False, qmp=None, fenced=None)
+        record.remember(generation=generation, wanted=False, qmp=None, fenced=None, elsewhere=True)
         self._handing_over = False
         if record.state is State.HOLDING:
             record.advance(Event.LOST, "the backup runs the VM")
@@ -507,23 +508,34 @@ class Protector:
         assert config.peer is not None
         while not self._by_order:
             try:
-                if record.arbiter.automatic:
-                    generation = await record.arbiter.swap(record.name, record.generation, incumbent=True)
-                    record.remember(generation=generation)
-                    return None
                 link = await dial(config.peer, record.host.config.insecure)
                 try:
-                    await greet(link, record.host.name, record.name, record.generation)
+                    await self._claim(await greet(link, record.host.name, record.name, record.generation))
                     return None
                 finally:
                     link.close()
             except StaleGeneration as error:
                 return error.theirs
-            except ArbiterLost as error:
-                return error.generation
-            except (ArbiterUnavailable, LinkError, PeerUnreachable, FrameError):
-                await trio.sleep(_ASK_AGAIN)
+            except (LinkError, FrameError):
+                if await self._won_in_doubt():
+                    return None
+            except ArbiterError as error:
+                record.note("holding", text(error))
+            await trio.sleep(_ASK_AGAIN)
         return None
+
+    async def _won_in_doubt(self) -> bool:
+        """The backup does not answer: does the arbiter give us the VM? If not, the backup decides."""
+        record = self._record
+        if not record.arbiter.automatic:
+            return False
+        try:
+            generation = await record.arbiter.swap(record.name, record.generation, incumbent=True)
+        except ArbiterError as error:
+            record.note("holding", text(error))
+            return False
+        record.remember(generation=generation)
+        return True
 
     async def _give_up_dead(self, session: PrimarySession) -> None:
         """QEMU is gone: the backup may have the VM, from its last commit."""
@@ -539,7 +551,7 @@ class Protector:
         except LinkError as error:
             record.advance(Event.NOT_TAKEN, text(error))
             return
-        record.remember(generation=generation, wanted=False, qmp=None)
+        record.remember(generation=generation, wanted=False, qmp=None, elsewhere=True)
         record.advance(Event.TAKEN, "its QEMU died here; the other host runs the VM")
 
 

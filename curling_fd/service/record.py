@@ -69,6 +69,11 @@ class VmRecord:
         return self._remembered.wanted
 
     @property
+    def wanted_at_start(self) -> bool:
+        """Protection is to begin when the daemon starts."""
+        return self.wanted or (self.config.autostart and not self._remembered.elsewhere)
+
+    @property
     def qmp(self) -> str | None:
         return self._remembered.qmp or self.config.qmp
 

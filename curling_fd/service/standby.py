@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -23,6 +24,10 @@ from curling_fd.vmstate.records import Block
 
 #: Bytes a QEMU takes besides the guest's memory.
 _QEMU_ITSELF = 64 << 20
+
+
+#: Programs that are run because a primary names them; another has to be named in the configuration here.
+_QEMU_NAME = re.compile(r"qemu-system-[a-z0-9_]+|qemu-kvm|kvm")
 
 
 class Standby:
@@ -114,7 +119,7 @@ async def start_standby(
     Raises:
         PrecheckFailed: why there can be no standby here.
     """
-    binary = config.standby.qemu or argv[0]
+    binary = config.standby.qemu or _program(argv[0])
     _check_memory(sum(block.size for block in memory) + STAGING * staging + _QEMU_ITSELF)
     await trio.to_thread.run_sync(_check_machine, binary, machine)
     images: list[tuple[Block, Buffer]] = []
@@ -146,6 +151,21 @@ async def start_standby(
             for _, buffer in images:
                 buffer.close()
         raise
+
+
+def _program(named: str) -> str:
+    """The QEMU here that the primary names: its path if there is a QEMU at it, else one of that name.
+
+    Raises:
+        StandbyFailed: what it names is no QEMU, or there is none.
+    """
+    name = Path(named).name
+    if not _QEMU_NAME.fullmatch(name):
+        raise StandbyFailed(f"{named}, which the primary runs, is no name of a QEMU; set `standby.qemu`")
+    found = shutil.which(named) or shutil.which(name)
+    if found is None:
+        raise StandbyFailed(f"there is no {named} on this host")
+    return found
 
 
 def _check_memory(needed: int) -> None:

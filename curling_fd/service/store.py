@@ -33,12 +33,14 @@ class Remembered:
         wanted: protection was asked for; it is taken up again after a restart.
         qmp: the monitor of the VM if this host took it over; None while the configuration's holds.
         fenced: why this host may not run the VM any more, if so.
+        elsewhere: the VM was handed to the other host: `autostart` does not look for it here.
     """
 
     generation: int = field(default=0, validator=[_exactly(int), ge(0)])
     wanted: bool = field(default=False, validator=_exactly(bool))
     qmp: str | None = field(default=None, validator=optional(_exactly(str)))
     fenced: str | None = field(default=None, validator=optional(_exactly(str)))
+    elsewhere: bool = field(default=False, validator=_exactly(bool))
 
 
 class Store:

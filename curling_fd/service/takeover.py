@@ -15,7 +15,7 @@ from curling_fd.replica.image import Replica
 _FD_NAME = "curling-restore"
 
 #: Seconds for a standby to load the small blocks and the device state, and to run.
-_LOAD_TIMEOUT = 10.0
+LOAD_TIMEOUT = 10.0
 
 
 async def activate(qmp_path: Path, replica: Replica, *, paused: bool) -> None:
@@ -29,7 +29,7 @@ async def activate(qmp_path: Path, replica: Replica, *, paused: bool) -> None:
     """
     ours, theirs = socket.socketpair()
     try:
-        with trio.fail_after(_LOAD_TIMEOUT):
+        with trio.fail_after(LOAD_TIMEOUT):
             async with open_qmp(qmp_path) as qmp:
                 with qmp.events() as events:
                     await set_capabilities(qmp, {"events": True})
@@ -42,7 +42,7 @@ async def activate(qmp_path: Path, replica: Replica, *, paused: bool) -> None:
                         await qmp.execute("cont")
                         await _resumed(events)
     except trio.TooSlowError:
-        raise StandbyFailed(f"the VM did not run within {_LOAD_TIMEOUT:g} s") from None
+        raise StandbyFailed(f"the VM did not run within {LOAD_TIMEOUT:g} s") from None
     except QmpError as error:
         raise StandbyFailed(str(error)) from None
     finally:
@@ -68,7 +68,7 @@ async def _resumed(events: EventStream) -> None:
 
 
 def _send(sock: socket.socket, replica: Replica) -> None:
-    sock.settimeout(_LOAD_TIMEOUT)
+    sock.settimeout(LOAD_TIMEOUT)
     try:
         for piece in replica.restore():
             sock.sendall(piece)

@@ -36,8 +36,7 @@ class Vm:
 
     def start(self) -> None:
         """The daemon starts: take up what was wanted."""
-        wanted = self.record.wanted or self.record.config.autostart
-        if wanted and self.record.state is not State.FENCED:
+        if self.record.wanted_at_start and self.record.state is not State.FENCED:
             self._protector.start()
 
     async def protect(self) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of protected VMs start from: a VM on alpha, beta as its backup, and what may happen to them."""
+"""What tests of protected VMs start from: a VM on alpha, beta as its backup, and what may happen to them."""
 
 from __future__ import annotations
 
@@ -69,10 +69,12 @@ class Stage:
         here = self.backup.runtime(VM)
         return Console(here / "console.log", here / "console.sock")
 
-    def standby_processes(self) -> set[int]:
-        """The processes on beta besides its daemon: standby and guards."""
+    async def no_standby(self) -> None:
+        """Wait until nothing but the daemon runs on beta: no standby, no guard."""
         assert self.backup.process is not None
-        return self.beta.pids() - {self.backup.process.pid}
+        with trio.fail_after(60):
+            while self.beta.pids() != {self.backup.process.pid}:
+                await trio.sleep(0.01)
 
     async def taken_over(self) -> dict[str, Any]:
         """Wait until beta has taken the VM over; what `Show` says there then."""
@@ -83,7 +85,7 @@ class Stage:
         last = self.vm.rounds()[-1]
         first = await self.console.next_round(within=ROUND)
         # One that was started anew would count from 1; one from the future there is not.
-        assert 1 < first.number
+        assert first.number > 1
         after = await self.console.wait_round(max(last.number, first.number) + rounds, within=ROUND)
         assert max(report.corrupt for report in [*self.vm.rounds(), *self.console.rounds()]) == 0
         assert after.uptime_ms > first.uptime_ms

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import random
+import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import trio
@@ -22,7 +24,6 @@ pytestmark = pytest.mark.qemu
 
 LINUX = LinuxGuest(pages=512, dirty=64, memory="128M")
 FAST = {"longest_epoch": "10ms", "shortest_epoch": "10ms"}
-PANIC = ("pvpanic-pci",)
 
 
 async def until(events: EventStream, name: str) -> Event:
@@ -253,3 +254,105 @@ async def test_a_guest_that_was_paused_is_switched_without_being_started() -> No
         await here.backup.call("Resume", name=VM)
         await here.goes_on()
         await here.backup.wait_committed(VM, 10)  # protected by the other host now
+
+
+# Ends.
+
+
+async def ends_cleanly(here: Stage, before: dict[str, Any], how: str) -> None:
+    """See protection end on both hosts, and nobody take the VM for lost."""
+    ended = await here.primary.wait_state(VM, "ended", within=SYNC)
+    assert how in ended["reason"]
+    dropped = await here.backup.wait_state(VM, "idle")
+    assert how in dropped["reason"]
+    await here.no_standby()
+    for node in (here.primary, here.backup):
+        shown = await node.show(VM)
+        assert shown["generation"] == before["generation"]
+        assert not any(here.happened(node, event) for event in ("won", "ordered", "handed-over", "link-lost"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "state"), [((), None), (("-no-shutdown",), "shutdown")], ids=["", "no-shutdown"]
+)
+async def test_a_guest_that_powers_off_has_not_failed(
+    unstable_qemu: Executable, extra: tuple[str, ...], state: str | None
+) -> None:
+    async with stage(LabVm(qemu=unstable_qemu, guest=LINUX, extra=extra), **FAST) as here:
+        before = await here.protect()
+        await here.vm.send("p")
+        await ends_cleanly(here, before, "powered off")
+        await has_ended(here, state)
+
+
+@pytest.mark.parametrize(
+    ("extra", "state"), [((), None), (("-no-shutdown",), "paused")], ids=["", "no-shutdown"]
+)
+async def test_a_guest_that_panics_has_not_failed(
+    unstable_qemu: Executable, extra: tuple[str, ...], state: str | None
+) -> None:
+    vm = LabVm(qemu=unstable_qemu, guest=LINUX, extra=extra, devices=["pvpanic-pci"])
+    async with stage(vm, **FAST) as here:
+        before = await here.protect()
+        await here.vm.send("c")
+        await ends_cleanly(here, before, "panicked")
+        await has_ended(here, state)
+
+
+async def has_ended(here: Stage, state: str | None) -> None:
+    """See QEMU gone, or its guest in the run state `state`."""
+    if state is None:
+        assert await here.vm.wait_exit() == 0
+    else:
+        async with here.operator() as operator:
+            assert await operator.status() == state
+
+
+async def test_a_guest_that_powers_off_in_a_snapshot_has_not_failed() -> None:
+    async with stage(LabVm(guest=LINUX), **FAST) as here:
+        before = await here.protect(3)
+        assert before["engine"] == "snapshot"
+        await here.vm.send("p")
+        await ends_cleanly(here, before, "powered off")
+        await has_ended(here, None)
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("end", ["quit", "SIGTERM", "reboot"])
+async def test_a_qemu_that_is_told_to_end_has_not_failed(end: str) -> None:
+    vm = LabVm(accel="kvm", guest=BootSectorGuest(), extra=["-no-reboot"])
+    async with stage(vm, **FAST) as here:
+        before = await here.protect()
+        if end == "quit":
+            async with here.operator() as operator:
+                await operator.execute("quit")
+        elif end == "SIGTERM":
+            here.vm.kill(signal.SIGTERM)
+        else:
+            await here.vm.send("r")
+        await ends_cleanly(here, before, {"reboot": "guest", "quit": "host-qmp-quit"}.get(end, "host-signal"))
+        await has_ended(here, None)
+
+
+KILLED = [
+    pytest.param("kvm", BootSectorGuest(), "incremental", id="incremental", marks=pytest.mark.kvm),
+    pytest.param("tcg", LINUX, "snapshot", id="snapshot"),
+]
+
+
+@pytest.mark.parametrize(("accel", "guest", "engine"), KILLED)
+async def test_a_qemu_that_is_killed_alone_is_replaced_by_the_backup(
+    accel: str, guest: Guest, engine: str
+) -> None:
+    async with stage(LabVm(accel=accel, guest=guest), engine=engine, **FAST) as here:
+        before = await here.protect(5)
+        here.vm.kill()
+        taken = await here.taken_over()
+        assert taken["generation"] > before["generation"]
+        assert "QEMU died" in here.backup.log_text()
+        given = await here.primary.wait_state(VM, "idle", "preparing", "filling", "standby")
+        assert given["generation"] == taken["generation"]
+        await here.goes_on()
+        after = await here.backup.wait_committed(VM, 3, within=SYNC)  # the other way round
+        assert after["role"] == "primary"
+        assert (await here.primary.wait_state(VM, "standby"))["role"] == "backup"

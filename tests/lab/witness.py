@@ -17,6 +17,7 @@ from attrs import define, field, frozen
 from curling_fd.qmp.client import EventStream, QmpClient, open_qmp
 
 _PATIENCE = 60.0
+_POLL_SECONDS = 0.001
 
 #: The number of the system call on x86-64.
 _SENDMSG = "46"
@@ -113,7 +114,7 @@ async def freeze_in_checkpoint(daemon: subprocess.Popen[bytes], guest: Witness) 
         while guest.stops[-1].end_us is None:
             if _writes(guest.qmp.pid):
                 return stop
-            await trio.sleep(0)
+            await trio.sleep(_POLL_SECONDS)
         daemon.send_signal(signal.SIGCONT)
 
 
@@ -125,8 +126,21 @@ async def freeze_in_migration(daemon: subprocess.Popen[bytes], guest: Witness) -
     await guest.next_stop()
     freeze(daemon.pid)
     with trio.fail_after(_PATIENCE):
-        while not _writes(guest.qmp.pid):
-            await trio.sleep(0)
+        while True:
+            if _writes(guest.qmp.pid):
+                return
+            await trio.sleep(_POLL_SECONDS)
+
+
+def qemus(directory: Path) -> set[int]:
+    """The QEMUs that have something below `directory` on their command line."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes()
+            if entry.name.isdigit() and b"\0-machine\0" in words and os.fsencode(directory) in words:
+                found.add(int(entry.name))
+    return found
 
 
 def _writes(pid: int) -> bool:
