@@ -7,8 +7,8 @@ arbiter that does not answer give nobody the right to run.
 
 The rules:
   - every (state, event) that is not in TABLE is a bug or a stale event: `after` raises;
-  - a primary keeps its VM running in every state but SWITCHING (stopped for the last checkpoint), FENCED
-    and ENDED (I5);
+  - a primary keeps its VM running in every state but SWITCHING (stopped for the last checkpoint), HOLDING
+    after a handover that was not answered, FENCED and ENDED (I5);
   - a primary whose backup may have a checkpoint goes on without it only after WON: from HOLDING, however the
     session ended; the packets of the guest wait until then;
   - a backup's replica is worth a failover exactly in REPLICA_VALID (I1 keeps it whole there).

@@ -51,7 +51,7 @@ class Kind(IntEnum):
 
     HELLO = 1  # P: who I am, which VM, which generation
     WELCOME = 2  # B
-    REFUSE = 3  # both: an error that ends the link
+    REFUSE = 3  # B: an error that ends the link
     DEFINE = 4  # P: the VM: command line, machine, sizes
     PREPARED = 5  # B: the standby waits
     BULK = 6  # P: a piece of the first pass

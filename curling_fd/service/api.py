@@ -27,7 +27,7 @@ _PROGRESS_INTERVAL = 0.1
 
 
 class Api:
-    """Answers calls. Whoever may connect to the socket may look; changing takes root or the group."""
+    """Answers calls of root, of our own user, and of members of the control group (I7)."""
 
     def __init__(self, host: Host, vms: Mapping[str, Vm]) -> None:
         self._host = host
@@ -56,7 +56,6 @@ class Api:
         )
 
     def _authorize(self, peer: Peer, verb: str) -> None:
-        """Root, our own user and the control group may use the interface (I7)."""
         group = self._host.config.control_group
         if peer.uid in (0, os.getuid()):
             return
