@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import trio
 
 from curling_fd.capture.settings import capabilities, set_capabilities
-from curling_fd.errors import CheckpointTimeout, EngineFailed, MigrationBlocked, QmpCommandFailed
+from curling_fd.errors import (
+    CheckpointTimeout,
+    EngineFailed,
+    MigrationBlocked,
+    QmpCommandFailed,
+    QmpError,
+)
 from curling_fd.qmp.client import EventStream, QmpClient
 from curling_fd.system.privileges import raised
 from curling_fd.system.userfault import release
@@ -40,7 +48,7 @@ async def recover(qmp: QmpClient, *, ours: bool = True) -> None:
     """
     free_guest(qmp)  # QEMU itself may wait with it
     with qmp.events() as events, qmp.events() as starts:
-        stands = await qmp.status() in _STANDS
+        state = await qmp.status()
         status = (await qmp.execute("query-migrate")).get("status")
         with trio.move_on_after(_TIMEOUT) as scope:
             if status == "colo":
@@ -50,16 +58,24 @@ async def recover(qmp: QmpClient, *, ours: bool = True) -> None:
             elif status in _UNDER_WAY:
                 raise MigrationBlocked(("another migration of the VM is under way",))
             await until_no_migration(qmp, events)
-            if status == "colo" and stands:
+            if status == "colo" and state in (*_STANDS, "colo"):
                 async for event in starts:
                     if event.name == "RESUME":
                         break
-                await qmp.execute("stop")
+                if state in _STANDS:
+                    await qmp.execute("stop")
     if scope.cancelled_caught:
         raise CheckpointTimeout(_TIMEOUT, "QEMU to end an earlier migration")
     free_guest(qmp)
     known = await capabilities(qmp)
     await set_capabilities(qmp, {name: False for name in _OURS if known.get(name)})
+
+
+async def stand_still(qmp: QmpClient) -> None:
+    """Stop a guest again that was started by the end of the checkpoints, and must not be."""
+    with trio.CancelScope(shield=True), suppress(QmpError):  # without QEMU it does
+        if await qmp.status() == "running":
+            await qmp.execute("stop")
 
 
 async def until_no_migration(qmp: QmpClient, events: EventStream) -> None:

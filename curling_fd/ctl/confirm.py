@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import trio
+
 from curling_fd.ctl import words
 from curling_fd.ctl.context import Context
 from curling_fd.ctl.exit_codes import ExitCode
@@ -45,6 +47,8 @@ async def confirmed(context: Context, client: Client, question: str, consequence
                 words.clean(_question(vm, question.format(name=name), consequence)), end="", file=sys.stderr
             )
             sys.stderr.flush()
+            # Trio waits, for a Ctrl-C that comes just before a read would be lost on it.
+            await trio.lowlevel.wait_readable(sys.stdin)
             answer = sys.stdin.readline().strip()
         except KeyboardInterrupt:
             failure = Failure("Interrupted", "Interrupted; nothing was changed.", "", ExitCode.INTERRUPTED)

@@ -159,8 +159,10 @@ class Replica:
         if sum(block.size for block in small) > SMALL_BLOCKS_LIMIT:
             raise FrameError("the VM's smaller RAM blocks are larger than all a VM has")
         for block in small:
+            if block.name in self._images:
+                continue  # the list was sent again
             # Touched now: all of it is read at a failover, and first use would take most of that time.
-            size = _whole_pages(block.size)
+            size = max(_whole_pages(block.size), PAGE_SIZE)
             buffer = Buffer(f"curling-{block.name}", size, prefault=size)
             self._small.append(buffer)
             self._images[block.name] = RamImage(buffer.view)

@@ -135,6 +135,9 @@ class Follower:
             await self._done.wait()
             if self._claiming:
                 raise WrongRole(record.name, "being its backup", role(record.state))
+        if record.state is State.SWITCHING and theirs > record.generation:
+            # Whom we handed it over to is back before we have dealt with the answer.
+            await record.left(State.SWITCHING)
         running_here = record.state in RUNS or record.state is State.SWITCHING
         if running_here and theirs <= record.generation:
             if theirs < record.generation:
@@ -435,7 +438,7 @@ class Follower:
     def _protect_again(self) -> None:
         """The VM runs here now: protect it from here."""
         if self._record.wanted:
-            self._protector.start()
+            self._protector.start(sure=True)
 
     def _suspect_no_more(self) -> None:
         if self._suspicion is not None:

@@ -16,7 +16,7 @@ import trio
 
 from curling_fd.capture.choice import open_engine
 from curling_fd.capture.engine import Engine, EngineOptions
-from curling_fd.capture.recover import recover
+from curling_fd.capture.recover import recover, stand_still
 from curling_fd.errors import (
     AlreadyProtected,
     ArbiterError,
@@ -43,7 +43,7 @@ from curling_fd.errors import (
     WrongRole,
 )
 from curling_fd.failover.arbiter import FileArbiter
-from curling_fd.failover.states import Event, State, allowed
+from curling_fd.failover.states import Event, State, allowed, role
 from curling_fd.link.frames import Kind
 from curling_fd.link.transport import FrameLink
 from curling_fd.output.hold import NoHold
@@ -128,8 +128,14 @@ class Protector:
         if record.state is not State.PROTECTED:
             raise self._outcome or NotProtected(record.name, record.state.value)
 
-    def start(self, *, first: bool = False) -> None:
-        """Begin to protect in the background. `first`: give up on the first failure and say why."""
+    def start(self, *, first: bool = False, sure: bool = False) -> None:
+        """Begin to protect in the background.
+
+        Args:
+            first: give up on the first failure and say why.
+            sure: the right to run the VM has just been won: no backup of an earlier session has it.
+        """
+        self._sure = self._sure or sure
         self._idle = trio.Event()
         self._outcome = None
         self._by_order = False
@@ -161,7 +167,8 @@ class Protector:
         record.advance(Event.SWITCH, "by an operator")
         session.switch()
         await record.left(State.SWITCHING)
-        if record.state is not State.IDLE:
+        # Where it succeeded this host may be on the way to be the backup already.
+        if self._outcome is not None or role(record.state) == "primary":
             raise self._outcome or NotProtected(record.name, record.state.value)
 
     async def pause(self) -> None:
@@ -408,7 +415,7 @@ class Protector:
         pace = Pace(config.shortest_epoch, config.longest_epoch)
         engine_options = EngineOptions(max(1, int(config.shortest_epoch * 1000)), STOP_LIMIT)
         record.counters = Counters(record.counters)
-        async with open_engine(qmp, examined.choice, engine_options) as engine:
+        async with self._standing_still(qmp), open_engine(qmp, examined.choice, engine_options) as engine:
             session = PrimarySession(
                 qmp,
                 events,
@@ -431,6 +438,19 @@ class Protector:
                 raise
             finally:
                 self._session = None
+
+    @asynccontextmanager
+    async def _standing_still(self, qmp: QmpClient) -> AsyncIterator[None]:
+        """Leave a guest stopped that has ended or was paused, though the end of the checkpoints starts it."""
+        ended = False
+        try:
+            yield
+        except GuestEnded:
+            ended = True
+            raise
+        finally:
+            if ended or self._record.paused:
+                await stand_still(qmp)
 
     def _options(self, pace: Pace) -> SessionOptions:
         config, daemon = self._record.config, self._record.host.config

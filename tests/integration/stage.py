@@ -73,7 +73,9 @@ class Stage:
         """Wait until nothing but the daemon runs on beta: no standby, no guard."""
         assert self.backup.process is not None
         with trio.fail_after(60):
-            while self.beta.pids() != {self.backup.process.pid}:
+            while True:
+                if self.beta.pids() == {self.backup.process.pid}:
+                    return
                 await trio.sleep(0.01)
 
     async def taken_over(self) -> dict[str, Any]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import trio
 
-from tests.integration.stage import VM, stage
+from curling_fd.capture.settings import capabilities
+from curling_fd.qmp.client import QmpClient
+from tests.integration.stage import ROUND, VM, stage
 from tests.lab.guests import BootSectorGuest, Guest, LinuxGuest
 from tests.lab.roots import Executable
 from tests.lab.vm import LabVm
@@ -21,7 +24,9 @@ CASES = [
         id="7.2-kvm-auto-is-incremental", marks=pytest.mark.kvm,
     ),
     pytest.param("trixie", "tcg", LINUX, "auto", "snapshot", "10.0", id="10.0-tcg-auto-is-snapshot"),
-    pytest.param("unstable", "tcg", LINUX, "auto", "incremental", "only what changed", id="11-tcg-auto-is-incremental"),
+    pytest.param(
+        "unstable", "tcg", LINUX, "auto", "incremental", "only what changed", id="11-tcg-auto-is-incremental"
+    ),
 ]  # fmt: skip
 
 
@@ -44,3 +49,31 @@ async def test_a_guest_loses_its_host_and_goes_on(
         taken = await here.taken_over()
         assert taken["generation"] > shown["generation"]
         await here.goes_on()
+
+
+@pytest.mark.qemu
+async def test_an_engine_that_fails_at_run_time_is_replaced_by_the_next(unstable_qemu: Executable) -> None:
+    """Its migration ends `completed` where `colo` was due, as that of a build does whose COLO is broken.
+
+    Here it does so because somebody takes the capability away just before it starts.
+    """
+    async with stage(LabVm(qemu=unstable_qemu, guest=LINUX)) as here, here.operator() as operator:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(take_colo_away, operator)
+            shown = await here.protect(3)
+        assert shown["engine"] == "snapshot"
+        assert "`completed` instead of entering COLO" in shown["engine_reason"]
+        assert here.happened(here.primary, "capture-failed") == 1
+        assert (await here.vm.console.next_round(within=ROUND)).corrupt == 0
+        here.lose_alpha()
+        await here.taken_over()
+        await here.goes_on()
+
+
+async def take_colo_away(operator: QmpClient) -> None:
+    """Turn `x-colo` off as soon as it is on."""
+    off = [{"capability": "x-colo", "state": False}]
+    with trio.fail_after(60):
+        while not (await capabilities(operator))["x-colo"]:
+            pass
+        await operator.execute("migrate-set-capabilities", {"capabilities": off})

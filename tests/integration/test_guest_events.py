@@ -1,4 +1,4 @@
-"""What guest and operator do to a protected VM: reboot, reset, pause, power off, panic; and a QEMU that is killed."""
+"""What guest and operator do to a protected VM: reboots, pauses and ends. Also a QEMU that is killed."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ async def test_a_reset_in_the_middle_of_the_firmware_is_survived_too() -> None:
 # Pauses.
 
 
-async def stands_still(here: Stage, operator: QmpClient, *, state: str = "protected", looks: int = 6) -> None:
+async def stands_still(here: Stage, operator: QmpClient, *, state: str = "protected", looks: int = 4) -> None:
     """See that the guest stands still while checkpoints would have been due, at least ten for each look."""
     with operator.events() as events:
         rounds, committed = len(here.vm.rounds()), set()
@@ -111,7 +111,9 @@ async def a_moment(operator: QmpClient, chance: random.Random) -> None:
 
 ENGINES = [
     pytest.param("unstable", "tcg", LINUX, "incremental", id="11-incremental"),
-    pytest.param("system", "kvm", BootSectorGuest(), "incremental", id="7.2-incremental", marks=pytest.mark.kvm),
+    pytest.param(
+        "system", "kvm", BootSectorGuest(), "incremental", id="7.2-incremental", marks=pytest.mark.kvm
+    ),
     pytest.param("system", "tcg", LINUX, "snapshot", id="7.2-snapshot"),
     pytest.param("unstable", "tcg", LINUX, "precopy", id="11-precopy"),
 ]
@@ -126,14 +128,14 @@ async def test_a_paused_guest_stays_paused_until_it_is_resumed(
     async with stage(vm, engine=engine, **FAST) as here:
         await here.protect(3)
         async with here.operator() as operator:
-            for _ in range(4):
+            for _ in range(3):
                 await a_moment(operator, chance)
                 await here.primary.call("Pause", name=VM)
                 await stands_still(here, operator)
                 await here.primary.call("Resume", name=VM)
                 await here.more_checkpoints(2)
             held = 0
-            while held < 4:
+            while held < 3:
                 held += await _pause_by_monitor(here, operator, chance)
                 await here.more_checkpoints(2)
             assert await operator.status() in ("running", "colo", "finish-migrate", "postmigrate")
@@ -144,7 +146,7 @@ async def test_a_paused_guest_stays_paused_until_it_is_resumed(
 
 
 async def _pause_by_monitor(here: Stage, operator: QmpClient, chance: random.Random) -> bool:
-    """Pause and resume past Curling; False if QEMU forgot the pause, as it does while a checkpoint stops it."""
+    """Pause and resume past Curling. False if QEMU forgot it, as it does while a checkpoint stops the guest."""
     await a_moment(operator, chance)
     with operator.events() as events:
         before = time.time_ns() // 1000
@@ -220,7 +222,10 @@ async def test_a_guest_that_was_paused_is_paused_after_a_failover() -> None:
 
 @pytest.mark.kvm
 async def test_a_guest_that_was_paused_stays_so_when_protection_ends() -> None:
-    async with stage(LabVm(accel="kvm", guest=BootSectorGuest()), **FAST) as here, here.operator() as operator:
+    async with (
+        stage(LabVm(accel="kvm", guest=BootSectorGuest()), **FAST) as here,
+        here.operator() as operator,
+    ):
         await here.protect()
         await here.primary.call("Pause", name=VM)
         await stands_still(here, operator)
@@ -272,40 +277,39 @@ async def ends_cleanly(here: Stage, before: dict[str, Any], how: str) -> None:
         assert not any(here.happened(node, event) for event in ("won", "ordered", "handed-over", "link-lost"))
 
 
-@pytest.mark.parametrize(
-    ("extra", "state"), [((), None), (("-no-shutdown",), "shutdown")], ids=["", "no-shutdown"]
-)
+NO_SHUTDOWN = pytest.mark.parametrize("extra", [(), ("-no-shutdown",)], ids=["", "no-shutdown"])
+
+
+@NO_SHUTDOWN
 async def test_a_guest_that_powers_off_has_not_failed(
-    unstable_qemu: Executable, extra: tuple[str, ...], state: str | None
+    unstable_qemu: Executable, extra: tuple[str, ...]
 ) -> None:
     async with stage(LabVm(qemu=unstable_qemu, guest=LINUX, extra=extra), **FAST) as here:
         before = await here.protect()
         await here.vm.send("p")
         await ends_cleanly(here, before, "powered off")
-        await has_ended(here, state)
+        await has_ended(here)
 
 
-@pytest.mark.parametrize(
-    ("extra", "state"), [((), None), (("-no-shutdown",), "paused")], ids=["", "no-shutdown"]
-)
-async def test_a_guest_that_panics_has_not_failed(
-    unstable_qemu: Executable, extra: tuple[str, ...], state: str | None
-) -> None:
+@NO_SHUTDOWN
+async def test_a_guest_that_panics_has_not_failed(unstable_qemu: Executable, extra: tuple[str, ...]) -> None:
+    # Slowly: a QEMU that keeps its panicked guest aborts if a checkpoint begins at that very moment.
     vm = LabVm(qemu=unstable_qemu, guest=LINUX, extra=extra, devices=["pvpanic-pci"])
-    async with stage(vm, **FAST) as here:
-        before = await here.protect()
+    async with stage(vm, longest_epoch="1s") as here:
+        before = await here.protect(3)
         await here.vm.send("c")
         await ends_cleanly(here, before, "panicked")
-        await has_ended(here, state)
+        await has_ended(here)
 
 
-async def has_ended(here: Stage, state: str | None) -> None:
-    """See QEMU gone, or its guest in the run state `state`."""
-    if state is None:
+async def has_ended(here: Stage) -> None:
+    """See QEMU gone or, if it was told to stay, its guest stand still."""
+    if "-no-shutdown" not in here.vm.extra:
         assert await here.vm.wait_exit() == 0
     else:
         async with here.operator() as operator:
-            assert await operator.status() == state
+            # From `shutdown` the checkpoint that was under way may have started it; then it was paused.
+            assert await operator.status() in ("shutdown", "guest-panicked", "paused")
 
 
 async def test_a_guest_that_powers_off_in_a_snapshot_has_not_failed() -> None:
@@ -314,7 +318,7 @@ async def test_a_guest_that_powers_off_in_a_snapshot_has_not_failed() -> None:
         assert before["engine"] == "snapshot"
         await here.vm.send("p")
         await ends_cleanly(here, before, "powered off")
-        await has_ended(here, None)
+        await has_ended(here)
 
 
 @pytest.mark.kvm
@@ -331,7 +335,7 @@ async def test_a_qemu_that_is_told_to_end_has_not_failed(end: str) -> None:
         else:
             await here.vm.send("r")
         await ends_cleanly(here, before, {"reboot": "guest", "quit": "host-qmp-quit"}.get(end, "host-signal"))
-        await has_ended(here, None)
+        await has_ended(here)
 
 
 KILLED = [

@@ -60,6 +60,9 @@ QUIET = LinuxGuest(pages=512, dirty=32, pause_us=5000, memory="128M")
 #: Its checkpoints are 100 MB: much more than a socket takes while nobody reads.
 BUSY = LinuxGuest(pages=25000, dirty=25000, pause_us=10000, mode="dirty", memory="192M")
 
+#: Its migrations are larger than what a socket takes, too, and still come to an end.
+LIVELY = LinuxGuest(pages=6000, dirty=6000, pause_us=20000, mode="dirty", memory="128M")
+
 
 @asynccontextmanager
 async def protected(qemu: Executable, guest: LinuxGuest, **keys: str) -> AsyncIterator[tuple[Stage, Witness]]:
@@ -297,7 +300,7 @@ async def test_the_guest_outlives_a_checkpoint_that_is_too_large(unstable_qemu: 
 async def test_the_guest_outlives_a_primary_daemon_killed_in_a_whole_migration(
     system_qemu: Executable, engine: str
 ) -> None:
-    async with protected(system_qemu, BUSY, engine=engine) as (here, guest):
+    async with protected(system_qemu, LIVELY, engine=engine) as (here, guest):
         assert here.primary.process is not None
         await freeze_in_migration(here.primary.process, guest)
         since = now_us()
@@ -313,7 +316,7 @@ async def test_the_guest_outlives_a_primary_daemon_killed_in_a_whole_migration(
 async def test_the_guest_outlives_a_primary_daemon_frozen_in_a_whole_migration(
     system_qemu: Executable, engine: str
 ) -> None:
-    async with protected(system_qemu, BUSY, engine=engine) as (here, guest):
+    async with protected(system_qemu, LIVELY, engine=engine) as (here, guest):
         assert here.primary.process is not None
         await freeze_in_migration(here.primary.process, guest)
         since = now_us()

@@ -10,8 +10,8 @@ import pytest
 import trio
 
 from curling_fd.ctl.exit_codes import ExitCode
-from curling_fd.errors import NotProtected, PeerRefused
-from curling_fd.service.takeover import LOAD_TIMEOUT
+from curling_fd.errors import DaemonUnreachable, NotProtected, PeerRefused
+from curling_fd.qmp.client import GREETING_TIMEOUT
 from curling_fd.varlink.client import Client
 from tests.integration.stage import SYNC, VM, stage
 from tests.lab.cluster import Node
@@ -34,6 +34,12 @@ async def switch(node: Node) -> dict[str, Any]:
     """Move the VM away from `node`, its primary."""
     with trio.fail_after(SYNC):
         return dict((await node.call("Switch", name=VM))["vm"])
+
+
+async def switch_in_vain(node: Node) -> None:
+    """Ask for a switch whose answer will not come."""
+    with pytest.raises(DaemonUnreachable):
+        await switch(node)
 
 
 async def protected(primary: Node, backup: Node) -> int:
@@ -122,7 +128,7 @@ async def test_a_frozen_standby_is_given_up_before_the_guest_goes_on(
         await here.protect(3)
         (standby,) = qemus(here.backup.runtime(VM))
         async with witness(here.vm.operator) as guest:
-            with frozen_process(standby), pytest.raises(PeerRefused, match="did not run within"):
+            with frozen_process(standby), pytest.raises(PeerRefused, match="The standby QEMU on the backup"):
                 await switch(here.primary)
             await guest.running()
             # The standby may have been about to run it as long as it was there (I3).
@@ -130,9 +136,31 @@ async def test_a_frozen_standby_is_given_up_before_the_guest_goes_on(
             last = max(guest.stops, key=lambda stop: (stop.end_us or 0) - stop.start_us)
             assert last.end_us is not None
             assert given_up <= last.end_us / 1e6
-            assert (last.end_us - last.start_us) / 1e6 <= LOAD_TIMEOUT + SLACK
+            assert (last.end_us - last.start_us) / 1e6 <= GREETING_TIMEOUT + SLACK
             await here.vm.console.next_round()
             await protected(here.primary, here.backup)
+
+
+async def test_a_primary_daemon_killed_while_it_hands_over_does_not_run_the_guest_again(
+    unstable_qemu: Executable,
+) -> None:
+    async with stage(LabVm(qemu=unstable_qemu, guest=TALKER), automatic=False) as here:
+        await here.protect(3)
+        await protected(here.primary, here.backup)
+        (standby,) = qemus(here.backup.runtime(VM))
+        async with witness(here.vm.operator) as guest, trio.open_nursery() as nursery:
+            with frozen_process(standby):
+                nursery.start_soon(switch_in_vain, here.primary)
+                await here.backup.wait_state(VM, "taking-over")
+                assert here.primary.process is not None
+                here.primary.kill()
+                here.primary.process.wait()
+            await here.console.next_round()
+            here.primary.start()
+            await here.primary.ready()
+            await protected(here.backup, here.primary)
+            assert guest.stops[-1].end_us is None
+        assert not here.vm.running()
 
 
 async def test_a_vm_that_is_not_protected_is_not_switched(unstable_qemu: Executable) -> None:

@@ -95,12 +95,13 @@ def freeze(pid: int) -> None:
 
 @contextmanager
 def frozen_process(pid: int) -> Iterator[None]:
-    """Freeze a process for the duration of a block."""
+    """Freeze a process for the duration of a block, in which it may be killed."""
     freeze(pid)
     try:
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 async def freeze_in_checkpoint(daemon: subprocess.Popen[bytes], guest: Witness) -> Stop:

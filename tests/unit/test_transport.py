@@ -103,7 +103,7 @@ def checkpoint(payload: bytes, sequence: int = 1) -> bytes:
     return head + payload + encode_trailer(sequence, digest(head, payload))
 
 
-async def send_all(sock: trio.socket.SocketType, data: bytes) -> None:
+async def send_all(sock: trio.socket.SocketType, data: bytes | bytearray) -> None:
     view = memoryview(data)
     while view:
         view = view[await sock.send(view) :]
@@ -422,8 +422,10 @@ async def test_without_a_free_buffer_the_sender_waits_and_memory_stays_bounded(n
         assert statistics.allocated <= statistics.limit == 2 * LONG
         for taken in range(5):
             await until(lambda taken=taken: len(held) > taken)  # type: ignore[misc]
-            assert held[taken].buffer.view == buffer.view
-            receiver.pool.release(held[taken].buffer)
+            arrived = held[taken].buffer
+            assert arrived is not None
+            assert arrived.view == buffer.view
+            receiver.pool.release(arrived)
         assert receiver.pool.statistics().buffers == 2
         nursery.cancel_scope.cancel()
 
