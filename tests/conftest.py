@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from .lab.bootsector import has_kvm
 from .lab.hosts import Host, termination_as_interrupt, two_hosts
 from .lab.roots import Executable, qemu_binary
+
+# No test of ours is about time, and a run of CI is to say the same as the one before.
+hypothesis.settings.register_profile("curling", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("curling")
 
 
 @pytest.fixture(autouse=True, scope="session")

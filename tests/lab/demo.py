@@ -141,7 +141,7 @@ async def go_on(
         guest_rounds_after=after.number,
         guest_corrupt_pages=corrupt,
         # A guest that had been started anew would count from 1, one from the future would be ahead.
-        ok=corrupt == 0 and 1 < first.number and after.number > last.number >= before.number,
+        ok=corrupt == 0 and first.number > 1 and after.number > last.number >= before.number,
     )
 
 
