@@ -44,7 +44,8 @@ from curling_fd.qmp.client import open_qmp
 from curling_fd.replica.image import Replica
 from curling_fd.sentences import sentence
 from curling_fd.service.backup import BackupSession, Dropped, HandedOver, definition_problem
-from curling_fd.service.protector import Protector, quit_qemu
+from curling_fd.service.handover import quit_qemu
+from curling_fd.service.protector import Protector
 from curling_fd.service.record import VmRecord, text
 from curling_fd.service.standby import Standby, start_standby
 from curling_fd.service.statistics import Counters
@@ -395,10 +396,9 @@ class Follower:
         """Raise the generation: from here on this host has the right to run the VM."""
         record = self._record
         if record.arbiter.automatic:
-            generation = await record.arbiter.swap(record.name, record.generation, incumbent=False)
+            await record.swap(incumbent=False)
         else:
-            generation = record.generation + 1
-        record.remember(generation=generation)
+            record.remember(generation=record.generation + 1)
 
     async def _take_over(self, event: Event, reason: str) -> None:
         """Run the VM here; the right to do so has been won.

@@ -421,9 +421,11 @@ class PrimarySession:
         """Look whether QEMU's end is behind `error`, and raise that instead."""
         if self._guest_end is not None:
             raise GuestEnded(self._guest_end) from error
-        with trio.move_on_after(_QEMU_LAST_WORDS):
-            async for event in self._events:
-                ended = how_it_ended(event)
+        with trio.move_on_after(_QEMU_LAST_WORDS), suppress(QmpError):
+            await self._qmp.status()  # what happened before comes before the answer
+        with suppress(trio.WouldBlock, trio.EndOfChannel):
+            while True:
+                ended = how_it_ended(self._events.receive_nowait())
                 if ended is not None:
                     raise GuestEnded(ended) from error
         if self._qmp.disconnected.is_set():

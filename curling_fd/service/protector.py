@@ -7,19 +7,16 @@ session decides what follows; the table in `failover.states` says which state th
 from __future__ import annotations
 
 import logging
-import os
-import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import trio
 
 from curling_fd.capture.choice import open_engine
-from curling_fd.capture.engine import Engine, EngineOptions
+from curling_fd.capture.engine import EngineOptions
 from curling_fd.capture.recover import recover, stand_still
 from curling_fd.errors import (
     AlreadyProtected,
-    ArbiterError,
     ArbiterLost,
     ArbiterUnavailable,
     CaptureError,
@@ -31,7 +28,6 @@ from curling_fd.errors import (
     FrameError,
     GuestEnded,
     LinkError,
-    LinkLost,
     NotProtected,
     PeerRefused,
     QemuDied,
@@ -50,6 +46,7 @@ from curling_fd.output.hold import NoHold
 from curling_fd.qmp.client import EventStream, QmpClient, open_qmp
 from curling_fd.service.examine import Examined, examine
 from curling_fd.service.greeting import define, dial, greet
+from curling_fd.service.handover import Handover, quit_qemu
 from curling_fd.service.pace import Pace
 from curling_fd.service.primary import Callbacks, PrimarySession, SessionOptions
 from curling_fd.service.record import VmRecord, text
@@ -62,9 +59,6 @@ _RETRY = (0.5, 10.0)
 
 #: Seconds between two questions to an arbiter, or a peer, that did not answer.
 _ASK_AGAIN = 1.0
-
-#: Seconds a QEMU that was told to quit may take before it is killed.
-_QUIT_TIMEOUT = 10.0
 
 #: The guest may stand still for one checkpoint this long, in seconds, before the checkpoint is given up.
 STOP_LIMIT = 2.0
@@ -88,7 +82,6 @@ class Protector:
     def __init__(self, record: VmRecord) -> None:
         self._record = record
         self._session: PrimarySession | None = None
-        self._switch_wanted = False
         self._loop: trio.CancelScope | None = None
         self._idle = trio.Event()
         self._idle.set()
@@ -97,7 +90,7 @@ class Protector:
         self._by_order = False
         self._attempted = False
         self._sure = False  # no backup of an earlier session may take the VM over
-        self._handing_over = False  # the guest is kept stopped, for the backup may run it
+        self._handover = Handover(record, self._failed)
 
     @property
     def running(self) -> bool:
@@ -138,7 +131,7 @@ class Protector:
         self._sure = self._sure or sure
         self._idle = trio.Event()
         self._outcome = None
-        self._by_order = False
+        self._by_order = self._handover.given_up = False
         self._record.host.nursery.start_soon(self._run, first)
 
     async def unprotect(self) -> None:
@@ -147,7 +140,7 @@ class Protector:
         if not record.wanted and not self.running:
             raise NotProtected(record.name, record.state.value)
         record.remember(wanted=False)
-        self._by_order = True
+        self._by_order = self._handover.given_up = True
         if self._session is not None:
             self._session.end("by an operator")
         elif self._loop is not None:
@@ -243,7 +236,7 @@ class Protector:
                 record.rest(text(self._outcome) if self._outcome else None)
             elif self._by_order and allowed(record.state, Event.UNPROTECT):
                 record.rest("unprotected by an operator")
-            self._by_order = False
+            self._by_order = self._handover.given_up = False
             self._idle.set()
             record.stir()
 
@@ -308,7 +301,7 @@ class Protector:
         record = self._record
         while True:
             try:
-                generation = await record.arbiter.swap(record.name, record.generation, incumbent=True)
+                await record.swap(incumbent=True)
             except ArbiterLost as error:
                 await self._fence(Event.LOST, text(error), error.generation)
                 return False
@@ -318,7 +311,6 @@ class Protector:
                     record.note("holding", text(error))
                 await trio.sleep(_ASK_AGAIN)
                 continue
-            record.remember(generation=generation)
             record.advance(Event.WON, record.reason)
             return True
 
@@ -334,7 +326,7 @@ class Protector:
         while record.qmp is not None and record.state is State.FENCED:
             try:
                 async with open_qmp(record.qmp) as qmp:
-                    if self._handing_over:
+                    if self._handover.under_way:
                         await quit_qemu(qmp)  # recovering would start it first
                     else:
                         await recover(qmp)
@@ -346,7 +338,7 @@ class Protector:
                 record.note("stop-failed", f"the VM may still run here: {text(error)}", level=logging.ERROR)
                 await trio.sleep(_ASK_AGAIN)
                 continue
-            self._handing_over = False
+            self._handover.under_way = False
             record.note("stopped", f"the VM was stopped here: {reason}")
             return
 
@@ -376,13 +368,12 @@ class Protector:
         assert config.peer is not None
         if record.wanted and record.arbiter.automatic and not self._sure:
             # The daemon before us may have left a replica that the backup may run any moment.
-            generation = await record.arbiter.swap(record.name, record.generation, incumbent=True)
-            record.remember(generation=generation)
+            await record.swap(incumbent=True)
             self._sure = True
         link = await dial(config.peer, record.host.config.insecure)
         try:
             known = await greet(link, record.host.name, record.name, record.generation)
-            await self._claim(known)
+            await record.claim(known)
             self._sure = True
             token = None
             if isinstance(record.arbiter, FileArbiter):
@@ -396,17 +387,6 @@ class Protector:
             yield link
         finally:
             link.close()
-
-    async def _claim(self, known: int) -> None:
-        """Bring our generation up to what the peer and the arbiter know, by right."""
-        record = self._record
-        generation = max(known, record.generation)
-        if record.arbiter.automatic:
-            highest = await record.arbiter.generation(record.name)
-            if max(highest, generation) > record.generation or not highest:
-                generation = await record.arbiter.swap(record.name, max(highest, generation), incumbent=True)
-        if generation != record.generation:
-            record.remember(generation=generation)
 
     async def _session_on(
         self, qmp: QmpClient, events: EventStream, examined: Examined, link: FrameLink
@@ -429,12 +409,12 @@ class Protector:
             self._session = session
             try:
                 await session.run()
-                await self._hand_over(session, engine, qmp, "a planned switch")
+                await self._handover.hand_over(session, engine, qmp, "a planned switch")
             except (GuestEnded, Unprotected) as end:
                 await _say_end(link, record.generation, text(end))
                 raise
             except QemuDied:
-                await self._give_up_dead(session)
+                await self._handover.give_up_dead(session)
                 raise
             finally:
                 self._session = None
@@ -473,106 +453,12 @@ class Protector:
         if self._record.state is State.SYNCING:
             self._record.advance(Event.COMMITTED)
 
+    def _failed(self, error: CurlingError) -> None:
+        self._outcome = error
+
     def _paused(self, paused: bool) -> None:
         self._record.paused = paused
         self._record.note("paused" if paused else "resumed", "by an operator")
-
-    # Handing the VM over.
-
-    async def _hand_over(self, session: PrimarySession, engine: Engine, qmp: QmpClient, reason: str) -> None:
-        """The guest is stopped and its last checkpoint committed: let the backup run it.
-
-        Until the answer is known nothing starts it here: not leaving the engine, not a guard, not the next
-        daemon, which finds the VM fenced.
-        """
-        record = self._record
-        engine.keep_stopped()
-        record.remember(fenced="it was being handed over, and no answer came")
-        self._handing_over = True
-        try:
-            generation = await session.hand_over(reason)
-        except PeerRefused as error:
-            self._outcome = error
-            await self._take_back(engine)
-            record.advance(Event.NOT_TAKEN, text(error))
-            raise
-        except (LinkError, FrameError) as error:
-            self._outcome = error
-            record.advance(Event.LINK_LOST, f"the handover is in doubt: {text(error)}")
-            taken = await self._resolve_doubt()
-            if taken is None:
-                await self._take_back(engine)
-                record.advance(Event.WON, "the backup did not take the VM")
-                raise
-            generation = taken
-        await quit_qemu(qmp)
-        record.remember(generation=generation, wanted=False, qmp=None, fenced=None, elsewhere=True)
-        self._handing_over = False
-        if record.state is State.HOLDING:
-            record.advance(Event.LOST, "the backup runs the VM")
-        else:
-            record.advance(Event.TAKEN, "the VM runs on the other host")
-
-    async def _take_back(self, engine: Engine) -> None:
-        self._handing_over = False
-        self._record.remember(fenced=None)
-        await engine.resume()
-
-    async def _resolve_doubt(self) -> int | None:
-        """Find out whether the backup took the VM: its generation there, or None if it runs here again.
-
-        The guest stays stopped meanwhile: this is the one place where I3 comes before I5. An operator who
-        knows better says `unprotect`.
-        """
-        record, config = self._record, self._record.config
-        assert config.peer is not None
-        while not self._by_order:
-            try:
-                link = await dial(config.peer, record.host.config.insecure)
-                try:
-                    await self._claim(await greet(link, record.host.name, record.name, record.generation))
-                    return None
-                finally:
-                    link.close()
-            except StaleGeneration as error:
-                return error.theirs
-            except (LinkError, FrameError):
-                if await self._won_in_doubt():
-                    return None
-            except ArbiterError as error:
-                record.note("holding", text(error))
-            await trio.sleep(_ASK_AGAIN)
-        return None
-
-    async def _won_in_doubt(self) -> bool:
-        """The backup does not answer: does the arbiter give us the VM? If not, the backup decides."""
-        record = self._record
-        if not record.arbiter.automatic:
-            return False
-        try:
-            generation = await record.arbiter.swap(record.name, record.generation, incumbent=True)
-        except ArbiterError as error:
-            record.note("holding", text(error))
-            return False
-        record.remember(generation=generation)
-        return True
-
-    async def _give_up_dead(self, session: PrimarySession) -> None:
-        """QEMU is gone: the backup may have the VM, from its last commit."""
-        record = self._record
-        if record.state is not State.PROTECTED:
-            return
-        record.advance(Event.SWITCH, "its QEMU died on this host")
-        try:
-            generation = await session.hand_over("its QEMU died on the primary")
-        except LinkLost as error:
-            record.advance(Event.LINK_LOST, text(error))
-            return
-        except LinkError as error:
-            record.advance(Event.NOT_TAKEN, text(error))
-            return
-        record.remember(generation=generation, wanted=False, qmp=None, elsewhere=True)
-        record.advance(Event.TAKEN, "its QEMU died here; the other host runs the VM")
 
 
 def ours(error: Exception) -> CurlingError:
@@ -590,23 +476,3 @@ async def _say_end(link: FrameLink, generation: int, reason: str) -> None:
             await link.send(Kind.END, generation, content={"reason": reason})
     except CurlingError:
         pass  # the backup will notice; it has no right to run the VM either way
-
-
-async def quit_qemu(qmp: QmpClient) -> None:
-    """End a QEMU whose VM runs elsewhere, before anything could start its guest again."""
-    try:
-        pidfd = os.pidfd_open(qmp.pid)
-    except OSError:
-        pidfd = -1
-    try:
-        try:
-            await qmp.execute("quit")
-        except QmpError:
-            pass
-        with trio.move_on_after(_QUIT_TIMEOUT):
-            await qmp.disconnected.wait()
-        if not qmp.disconnected.is_set() and pidfd >= 0:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    finally:
-        if pidfd >= 0:
-            os.close(pidfd)

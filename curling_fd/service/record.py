@@ -87,6 +87,31 @@ class VmRecord:
         self._remembered = evolve(self._remembered, **changes)
         self.host.store.save(self.name, self._remembered)
 
+    async def swap(self, *, incumbent: bool, after: int | None = None) -> None:
+        """Have the arbiter raise the generation for this host, and remember it.
+
+        Args:
+            incumbent: the VM runs here already.
+            after: the generation to follow, if it is not the one we know.
+
+        Raises:
+            ArbiterError: it does not, or nobody knows.
+        """
+        current = self.generation if after is None else after
+        self.remember(generation=await self.arbiter.swap(self.name, current, incumbent=incumbent))
+
+    async def claim(self, known: int) -> None:
+        """Bring our generation up to `known`, the peer's, and to what the arbiter has granted: by right."""
+        generation = max(known, self.generation)
+        if self.arbiter.automatic:
+            highest = await self.arbiter.generation(self.name)
+            generation = max(highest, generation)
+            if generation > self.generation or not highest:
+                await self.swap(incumbent=True, after=generation)
+                return
+        if generation != self.generation:
+            self.remember(generation=generation)
+
     def advance(self, event: Event, reason: str | None = None, **fields: Any) -> None:
         """Go to the state that follows on `event`, and say so.
 

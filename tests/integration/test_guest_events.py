@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 
+from curling_fd.errors import QmpCommandFailed
 from curling_fd.qmp.client import EventStream, QmpClient, open_qmp
 from curling_fd.qmp.protocol import Event
 from curling_fd.varlink.client import Client
@@ -23,7 +24,7 @@ from tests.lab.vm import LabVm
 pytestmark = pytest.mark.qemu
 
 LINUX = LinuxGuest(pages=512, dirty=64, memory="128M")
-FAST = {"longest_epoch": "10ms", "shortest_epoch": "10ms"}
+FAST: dict[str, Any] = {"longest_epoch": "10ms", "shortest_epoch": "10ms"}
 
 
 async def until(events: EventStream, name: str) -> Event:
@@ -146,7 +147,7 @@ async def test_a_paused_guest_stays_paused_until_it_is_resumed(
 
 
 async def _pause_by_monitor(here: Stage, operator: QmpClient, chance: random.Random) -> bool:
-    """Pause and resume past Curling. False if QEMU forgot it, as it does while a checkpoint stops the guest."""
+    """Pause and resume past Curling. False if QEMU forgot it, as it does while a checkpoint is taken."""
     await a_moment(operator, chance)
     with operator.events() as events:
         before = time.time_ns() // 1000
@@ -189,9 +190,9 @@ async def test_a_guest_started_in_the_middle_of_a_checkpoint_spoils_that_checkpo
         await here.protect(100)  # an engine that has worked for so long is not given up for one failure
         async with here.operator() as operator:
             with trio.fail_after(60):
-                while not here.happened(here.primary, "capture-failed"):
-                    await operator.execute("cont")
-        assert "started during a checkpoint" in here.primary.log_text()
+                while "started during a checkpoint" not in here.primary.log_text():
+                    with contextlib.suppress(QmpCommandFailed):  # a new first pass may just be at its end
+                        await operator.execute("cont")
         shown = await here.primary.wait_committed(VM, 10)
         assert shown["engine"] == "incremental"
         here.lose_alpha()
@@ -238,6 +239,7 @@ async def test_a_guest_that_was_paused_stays_so_when_protection_ends() -> None:
         here.backup.kill()
         await here.primary.wait_state(VM, "unprotected")
         await stands_still(here, operator, state="")
+        await here.backup.stop()
         here.backup.start()
         await here.primary.call("Resume", name=VM)
         await here.primary.wait_committed(VM, 10)

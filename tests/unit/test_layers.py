@@ -114,6 +114,7 @@ curling_fd.service.doctor
 curling_fd.service.examine
 curling_fd.service.follower
 curling_fd.service.greeting
+curling_fd.service.handover
 curling_fd.service.host
 curling_fd.service.interface
 curling_fd.service.journal
