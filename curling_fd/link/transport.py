@@ -321,4 +321,6 @@ def _why(error: Exception) -> str:
         return "the peer closed the link"
     if isinstance(error, trio.ClosedResourceError) or getattr(error, "errno", None) == errno.EBADF:
         return "the link was closed here"
+    if isinstance(error, OSError) and (error.errno or 0) > 0:  # Trio's own words repeat the address
+        return os.strerror(error.errno)
     return getattr(error, "strerror", None) or str(error)

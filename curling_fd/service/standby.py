@@ -25,6 +25,9 @@ from curling_fd.vmstate.records import Block
 #: Bytes a QEMU takes besides the guest's memory.
 _QEMU_ITSELF = 64 << 20
 
+#: Seconds for a QEMU whose monitor went away to end.
+_LAST_WORDS = 2.0
+
 
 #: Programs that are run because a primary names them; another has to be named in the configuration here.
 _QEMU_NAME = re.compile(r"qemu-system-[a-z0-9_]+|qemu-kvm|kvm")
@@ -195,6 +198,9 @@ async def _check(standby: Standby, machine: str, version: tuple[int, ...]) -> No
             if str(found).removesuffix("-machine") != machine:
                 raise MachineMismatch("machine type", machine, str(found))
     except QmpError as error:
+        # A QEMU that does not like its command line opens its monitor first and says why when it ends.
+        with trio.move_on_after(_LAST_WORDS):
+            await standby.process.wait_failed()
         raise StandbyFailed(f"its monitor: {error}", standby.process.stderr_tail()) from None
 
 

@@ -186,8 +186,10 @@ class Proxy:
             await plan.go_on.wait()
             await _send(sink, frame.data[offset:])
             return
-        await _send(sink, fault.spoilt(frame.data, offset))
-        plan.struck.set()
+        try:
+            await _send(sink, fault.spoilt(frame.data, offset))
+        finally:  # the other side may hang up before it has read it all
+            plan.struck.set()
         if fault.cut:
             for sock in (sink, source):
                 if fault.cut == "reset":

@@ -335,7 +335,10 @@ async def test_a_fault_in_the_first_pass(fault: Fault, place: int) -> None:
 async def test_a_checkpoint_left_out_or_repeated(fault: Fault, sequence: int) -> None:
     plan = Plan(fault, CHECKPOINT, lambda frame: 0, sequence)
     committed, _, backup = await run(plan, waits=False)
-    assert committed == (sequence if fault is FRAME_AGAIN else sequence - 1)
+    if fault is FRAME_LOST:
+        assert committed == sequence - 1
+    else:  # the second one may have ended the session before the turn of the first
+        assert committed in (sequence - 1, sequence)
     assert isinstance(backup, FrameError)
 
 
@@ -378,9 +381,9 @@ class Pair:
         await self.backup.wait_state(VM, "standby", within=SYNC)
         await self.primary.wait_committed(VM, 3, within=SYNC)
 
-    def check_replica(self, committed: int, hit: Frame | None) -> None:
-        """The backup's memory is that of checkpoint `committed`, by what passed the proxy."""
-        frames = [*self.proxy.passed, *([hit] if hit else [])]
+    def check_replica(self, committed: int, hit: Frame) -> None:
+        """The backup's memory is that of checkpoint `committed`, by what passed the proxy and what was hit."""
+        frames = [*self.proxy.passed, hit]
         plain = PlainImage()
         plain.first_pass(b"".join(frame.payload for frame in frames if frame.kind == BULK))
         sent = {frame.sequence: frame.payload for frame in frames if frame.kind == CHECKPOINT}
@@ -462,9 +465,8 @@ async def test_a_guest_survives_a_link_with_every_kind_of_fault_and_the_loss_of_
                 continue
             shown = await hosts.backup.wait_state(VM, "suspect", within=SYNC)
             committed = shown["statistics"]["committed"]
-            whole = fault is FRAME_AGAIN
-            assert committed == plan.hit.sequence - (not whole)
-            hosts.check_replica(committed, plan.hit if whole else None)
+            assert plan.hit.sequence - 1 <= committed <= plan.hit.sequence - (fault is not FRAME_AGAIN)
+            hosts.check_replica(committed, plan.hit)
             await vm.console.next_round(within=BOOT)
         await hosts.resynchronised()
         hosts.proxy.open = False

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,8 @@ class Node:
                     return shown
                 await trio.sleep(_POLL_SECONDS)
         raise TimeoutError(
-            f"{vm} on {self.name} is {shown.get('state')} ({shown.get('reason')}), not {' or '.join(states)}, "
-            f"after {within} s:\n{self.log_text()}"
+            f"{vm} on {self.name} is {shown.get('state')} ({shown.get('reason')}), not "
+            f"{' or '.join(states)}, after {within} s:\n{self.log_text()}"
         )
 
     async def wait_committed(self, vm: str, count: int, *, within: float = 60) -> dict[str, Any]:
@@ -148,6 +148,18 @@ class Node:
         self.process.terminate()
         return await trio.to_thread.run_sync(self.process.wait)
 
+    def close(self) -> None:
+        """Kill the daemon, and every VM that it runs or has run."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        ours = os.fsencode(self.directory)
+        for command in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # it has ended meanwhile
+                words = command.read_bytes()
+                if b"qemu" in words.partition(b"\0")[0] and ours in words:
+                    os.kill(int(command.parent.name), signal.SIGKILL)
+
     def log_text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
@@ -167,9 +179,7 @@ async def cluster(hosts: tuple[Host, Host], **settings: Any) -> AsyncIterator[tu
         yield nodes[0], nodes[1]
     finally:
         for node in nodes:
-            if node.process is not None and node.process.poll() is None:
-                node.process.kill()
-                node.process.wait()
+            node.close()
 
 
 async def start_all(*nodes: Node) -> None:

@@ -1,8 +1,9 @@
 """`make demo`: a VM loses its host and goes on.
 
-Two hosts made of network namespaces, a curlingd on each, and a guest that keeps rewriting its memory and verifies
-every page of it before each round. The demo protects the guest, shows it running, then cuts the primary host's
-cable and kills everything on it, as a loss of power would, and watches the guest go on at the backup.
+Two hosts made of network namespaces, a curlingd on each, and a guest that keeps rewriting its memory and
+verifies every page of it before each round. The demo protects the guest, shows it running, then cuts the
+primary host's cable and kills everything on it, as a loss of power would, and watches the guest go on at the
+backup.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ async def demo(qemu: Executable) -> Result:
     with two_hosts() as hosts:
         alpha, beta = hosts
         async with cluster(hosts) as (primary, backup):
-            say("A guest boots on alpha: Linux, with a program that rewrites its memory and verifies every page.")
+            say("A guest boots on alpha: Linux, and a program that rewrites its memory and verifies it all.")
             async with LabVm(guest=LinuxGuest(pages=2048, dirty=200), qemu=qemu, host=alpha, name=VM) as vm:
                 configure(vm, primary, backup, alpha)
                 await start_all(primary, backup)
@@ -100,9 +101,9 @@ async def show_live(vm: LabVm, primary: Node) -> Round:
         await trio.sleep(1)
         statistics, last = (await primary.show(VM))["statistics"], vm.rounds()[-1]
         say(
-            f"  guest round {last.number:6}, corrupt {last.corrupt}   checkpoint {statistics['committed']:5}, "
-            f"{statistics['checkpoints_per_s']:5.1f}/s   stop {statistics['stop_ms_last'] or 0:7.2f} ms, "
-            f"{statistics['pages_last']} pages   lag {statistics['lag_ms']:.0f} ms"
+            f"  guest round {last.number:6}, corrupt {last.corrupt}"
+            f"   checkpoint {statistics['committed']:5}, {statistics['checkpoints_per_s']:5.1f}/s"
+            f"   stop {statistics['stop_ms_last'] or 0:7.2f} ms, {statistics['pages_last']} pages   lag {statistics['lag_ms']:.0f} ms"
         )
     return vm.rounds()[-1]
 
@@ -110,7 +111,7 @@ async def show_live(vm: LabVm, primary: Node) -> Round:
 async def lose(alpha: Host) -> None:
     alpha.cut()
     killed = alpha.kill_all()
-    say(f"alpha loses power: its cable is dead and its {len(killed)} processes are killed, QEMU and curlingd too.")
+    say(f"alpha loses power: its cable is dead, its {len(killed)} processes are killed, curlingd too.")
 
 
 async def go_on(
