@@ -439,9 +439,7 @@ async def pair(vm: LabVm, directory: Path) -> AsyncIterator[Pair]:
         raise
     finally:
         for node in nodes:
-            if node.process is not None and node.process.poll() is None:
-                node.process.kill()
-                node.process.wait()
+            node.close()
 
 
 @pytest.mark.qemu

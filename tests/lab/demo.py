@@ -103,7 +103,8 @@ async def show_live(vm: LabVm, primary: Node) -> Round:
         say(
             f"  guest round {last.number:6}, corrupt {last.corrupt}"
             f"   checkpoint {statistics['committed']:5}, {statistics['checkpoints_per_s']:5.1f}/s"
-            f"   stop {statistics['stop_ms_last'] or 0:7.2f} ms, {statistics['pages_last']} pages   lag {statistics['lag_ms']:.0f} ms"
+            f"   stop {statistics['stop_ms_last'] or 0:7.2f} ms, {statistics['pages_last']} pages"
+            f"   lag {statistics['lag_ms']:.0f} ms"
         )
     return vm.rounds()[-1]
 
