@@ -69,9 +69,7 @@ def measure_sockets() -> list[dict[str, Any]]:
         for frame in (4 << 20, 40 << 20):
             for how in ("splice", "recv_into"):
                 wait_quiet()
-                found = transfer.middle(
-                    partial(measure, how, _GIB, frame), 5, key=lambda r: r["gb_per_s"]
-                )
+                found = transfer.middle(partial(measure, how, _GIB, frame), 5, key=lambda r: r["gb_per_s"])
                 rows.append({"where": where, "how": how, "frame_mb": frame >> 20, **found})
                 say(f"{where} {frame >> 20} MiB by {how}: {found['gb_per_s']:.2f} GB/s")
     return rows

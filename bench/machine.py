@@ -64,10 +64,13 @@ def wait_quiet() -> bool:
 def describe() -> dict[str, Any]:
     """The machine, for the report."""
     cpu = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-         if line.startswith("model name")),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
         platform.machine(),
-    )  # fmt: skip
+    )
     memory = Path("/proc/meminfo").read_text().split()[1]
     gcc = subprocess.run(["gcc", "-dumpfullversion"], capture_output=True, text=True).stdout.strip()
     return {

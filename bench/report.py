@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.figures import median, percentile
+from curling_fd.capture.intake import PIECE
+from curling_fd.link.frames import HEAD_SIZE
+from curling_fd.units import parse_size
 
 _TEMPLATE = Path(__file__).with_name("performance.md.in")
 
@@ -42,10 +45,16 @@ def stops(results: dict[str, Any]) -> str:
     for load in results["stops"]:
         for name, title in _VARIANTS.items():
             row = load["variants"][name]
-            rows.append([
-                load["load"], title, f"{row['pages_p50']:.0f}", f"{row['stop_ms_p50']:.2f}",
-                f"{row['stop_ms_p99']:.2f}", str(row["checkpoints"]),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    load["load"],
+                    title,
+                    f"{row['pages_p50']:.0f}",
+                    f"{row['stop_ms_p50']:.2f}",
+                    f"{row['stop_ms_p99']:.2f}",
+                    str(row["checkpoints"]),
+                ]
+            )
     return table(["load", "peer", "pages", "p50 ms", "p99 ms", "checkpoints"], rows)
 
 
@@ -57,10 +66,18 @@ def ratios(results: dict[str, Any]) -> str:
         for pair, target in (("curling/floor", FLOOR_TARGET), ("curling/stock", stock)):
             found = load["ratios"][pair]
             span = f"{found['least']:.2f} to {found['most']:.2f}"
-            rows.append([
-                load["load"], pair, f"{found['median']:.2f}", span, f"± {found['spread']:.0%}",
-                str(load["rounds"]), f"{target:.2f}", _met(found["median"] <= target),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    load["load"],
+                    pair,
+                    f"{found['median']:.2f}",
+                    span,
+                    f"± {found['spread']:.0%}",
+                    str(load["rounds"]),
+                    f"{target:.2f}",
+                    _met(found["median"] <= target),
+                ]
+            )
     head = ["load", "ratio", "median", "of single rounds", "quartiles", "rounds", "at most", ""]
     return table(head, rows)
 
@@ -70,12 +87,13 @@ def commit(results: dict[str, Any]) -> str:
     found = results["commit"]
     rows = [
         [
-            f"commit of {row['pages']} pages ({row['checkpoint_mb']:.1f} MB)", f"{row['gb_per_s']:.2f}",
+            f"commit of {row['pages']} pages ({row['checkpoint_mb']:.1f} MB)",
+            f"{row['gb_per_s']:.2f}",
             f"{row['cpu_s_per_gb']:.2f}",
             ", ".join(f"{name} {speed:.1f}" for name, speed in row["stages_gb_per_s"].items()),
         ]
         for row in found["rows"]
-    ]  # fmt: skip
+    ]
     rows += [
         ["`socat -b 8192` into /dev/null", f"{found['socat_8192_gb_per_s']:.2f}", "", ""],
         ["`socat -b 1048576` into /dev/null", f"{found['socat_1048576_gb_per_s']:.2f}", "", ""],
@@ -88,20 +106,30 @@ def sockets(results: dict[str, Any]) -> str:
     """splice against recv_into."""
     names = {"receive": "backup, from TCP", "capture": "primary, from QEMU's UNIX socket"}
     rows = [
-        [names[row["where"]], f"{row['frame_mb']}", row["how"], f"{row['gb_per_s']:.2f}",
-         f"{row['cpu_s_per_gb']:.2f}"]
+        [
+            names[row["where"]],
+            f"{row['frame_mb']}",
+            row["how"],
+            f"{row['gb_per_s']:.2f}",
+            f"{row['cpu_s_per_gb']:.2f}",
+        ]
         for row in results["sockets"]
-    ]  # fmt: skip
+    ]
     return table(["where", "MiB a frame", "how", "GB/s", "CPU s/GB"], rows)
 
 
 def failover(results: dict[str, Any]) -> str:
     """From the decision to the running guest."""
     rows = [
-        [row["ram"], str(row["used_mib"]), _list(row["failover_ms"]), _list(row["ordered_ms"]),
-         f"{median(row['first_pass_ms']) / 1000:.1f}"]
+        [
+            row["ram"],
+            str(row["used_mib"]),
+            _list(row["failover_ms"]),
+            _list(row["ordered_ms"]),
+            f"{median(row['first_pass_ms']) / 1000:.1f}",
+        ]
         for row in results["failover"]
-    ]  # fmt: skip
+    ]
     head = ["RAM", "MiB in use", "decision to running, ms", "command to RESUME, ms", "first pass, s"]
     return table(head, rows)
 
@@ -111,15 +139,42 @@ def daemons(results: dict[str, Any]) -> str:
     rows = []
     for load in results["stops"]:
         details = load["variants"]["curling"]["details"]
-        rows.append([
-            load["load"], f"{details['rate']:.1f}",
-            f"{details['primary_cpu_s_per_gb']:.2f}", f"{details['backup_cpu_s_per_gb']:.2f}",
-            *(f"{details[f'{side}_{kind}'] / 1e6:.0f}"
-              for side in ("primary", "backup") for kind in ("memory", "memfds")),
-        ])  # fmt: skip
-    head = ["load", "checkpoints/s", "primary CPU s/GB", "backup CPU s/GB", "primary MB", "its memfds MB",
-            "backup MB", "its memfds MB"]  # fmt: skip
+        rows.append(
+            [
+                load["load"],
+                f"{details['rate']:.1f}",
+                f"{details['primary_cpu_s_per_gb']:.2f}",
+                f"{details['backup_cpu_s_per_gb']:.2f}",
+                *(
+                    f"{details[f'{side}_{kind}'] / 1e6:.0f}"
+                    for side in ("primary", "backup")
+                    for kind in ("memory", "memfds")
+                ),
+            ]
+        )
+    head = [
+        "load",
+        "checkpoints/s",
+        "primary CPU s/GB",
+        "backup CPU s/GB",
+        "primary MB",
+        "its memfds MB",
+        "backup MB",
+        "its memfds MB",
+    ]
     return table(head, rows)
+
+
+def bounds(results: dict[str, Any]) -> str:
+    """What the memory is held against."""
+    limit, ram = parse_size(results["max_checkpoint"]), 512 << 20
+    primary = 2 * limit + 4 * PIECE
+    backup = ram + 2 * (limit + HEAD_SIZE)
+    return (
+        f"The bounds these memfds cannot pass, with `max_checkpoint = {results['max_checkpoint']}` and `buffers = 2`: "
+        f"{primary / 1e6:.0f} MB on the primary (two capture buffers, four pieces of a first pass) and "
+        f"{backup / 1e6:.0f} MB on the backup (the image, two staging buffers)."
+    )
 
 
 def idle(results: dict[str, Any]) -> str:
@@ -170,9 +225,17 @@ def machine(results: dict[str, Any]) -> str:
 def document(results: dict[str, Any]) -> str:
     """docs/performance.md."""
     parts = {
-        "machine": machine, "targets": targets, "stops": stops, "ratios": ratios, "commit": commit,
-        "sockets": sockets, "failover": failover, "daemons": daemons, "idle": idle,
-    }  # fmt: skip
+        "machine": machine,
+        "targets": targets,
+        "stops": stops,
+        "ratios": ratios,
+        "commit": commit,
+        "sockets": sockets,
+        "failover": failover,
+        "daemons": daemons,
+        "bounds": bounds,
+        "idle": idle,
+    }
     text = _TEMPLATE.read_text()
     for name, make in parts.items():
         text = text.replace(f"{{{name}}}", make(results))

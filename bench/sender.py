@@ -1,9 +1,9 @@
 """The other end of the transfer benchmarks, a process of its own: `python -m bench.sender KIND ...`.
 
-    frames PORT PAGES COUNT    a primary's part of a session: a first pass, then COUNT checkpoints of PAGES
-                               pages, two on their way at most, as the daemon sends them
-    file PORT BYTES            BYTES of a memfd by sendfile, nothing else
-    chunks FD BYTES CHUNK      BYTES into the socket FD in writes of CHUNK bytes, as QEMU writes to a socket
+frames PORT PAGES COUNT    a primary's part of a session: a first pass, then COUNT checkpoints of PAGES
+                           pages, two on their way at most, as the daemon sends them
+file PORT BYTES            BYTES of a memfd by sendfile, nothing else
+chunks FD BYTES CHUNK      BYTES into the socket FD in writes of CHUNK bytes, as QEMU writes to a socket
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@
     |-- LinkError                 between the two daemons
     |   |-- PeerUnreachable, PeerIncompatible, PeerRefused
     |   |-- LinkLost              it worked and then stopped working
+    |   |   `-- LinkClosed        and the host at the other end lives
     |   `-- StaleGeneration       the VM has been taken over since
     |-- CaptureError              a checkpoint could not be taken
     |   |-- CheckpointTooLarge, CheckpointTimeout, EngineFailed
@@ -295,6 +296,10 @@ class PeerRefused(LinkError):
 @define(auto_exc=True, slots=False, str=False, eq=False)
 class LinkLost(LinkError):
     why: str
+
+
+class LinkClosed(LinkLost):
+    """The other side's kernel closed it: the host there lives, and its daemon may not."""
 
 
 @define(auto_exc=True, slots=False, str=False, eq=False)

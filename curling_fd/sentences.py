@@ -165,6 +165,11 @@ _WORDS: dict[type[errors.CurlingError], tuple[str, str]] = {
         "See whether the other host and the network between are alive. The guest runs on; 'curlingctl "
         "show' says when it is protected again.",
     ),
+    errors.LinkClosed: (
+        "The link to the other host was closed there: {why}.",
+        "See whether curlingd runs on the other host. The guest runs on; 'curlingctl show' says when it is "
+        "protected again.",
+    ),
     errors.StaleGeneration: (
         "The VM has been taken over: its generation is {theirs} on the other host, {ours} here.",
         "Leave it stopped here: it runs on the other host. To bring it back, protect it there and then run "

@@ -18,7 +18,7 @@ from typing import Any
 import trio
 from attrs import define, field, frozen
 
-from curling_fd.errors import FrameError, LinkLost, PeerUnreachable
+from curling_fd.errors import FrameError, LinkClosed, LinkLost, PeerUnreachable
 from curling_fd.link.frames import (
     HEADER_SIZE,
     RAW,
@@ -222,9 +222,9 @@ class FrameLink:
                 await self._wait(trio.lowlevel.wait_readable)
                 continue
             except OSError as error:
-                raise LinkLost(_why(error)) from None
+                raise _lost(error) from None
             if count == 0:
-                raise LinkLost("the peer closed the link in the middle of a frame")
+                raise LinkClosed("the peer closed the link in the middle of a frame")
             self._heard(count)
             while count:
                 written = os.splice(self._pipe_out, fd, count, offset_dst=moved)
@@ -242,7 +242,7 @@ class FrameLink:
                 await self._wait(trio.lowlevel.wait_writable)
                 continue
             except OSError as error:
-                raise LinkLost(_why(error)) from None
+                raise _lost(error) from None
             sent += count
             self.statistics.sent += count
             scope.deadline = trio.current_time() + STALL
@@ -254,7 +254,7 @@ class FrameLink:
             try:
                 count = await self._socket.send(view, flags)
             except (OSError, trio.ClosedResourceError) as error:
-                raise LinkLost(_why(error)) from None
+                raise _lost(error) from None
             self.statistics.sent += count
             view = view[count:]
 
@@ -265,9 +265,9 @@ class FrameLink:
             try:
                 count = await self._socket.recv_into(view[have:])
             except (OSError, trio.ClosedResourceError) as error:
-                raise LinkLost(_why(error)) from None
+                raise _lost(error) from None
             if count == 0:
-                raise LinkLost("the peer closed the link")
+                raise LinkClosed("the peer closed the link")
             self._heard(count)
             have += count
         return bytes(data)
@@ -276,7 +276,7 @@ class FrameLink:
         try:
             await ready(self._fileno())
         except (OSError, trio.ClosedResourceError) as error:
-            raise LinkLost(_why(error)) from None
+            raise _lost(error) from None
 
     def _fileno(self) -> int:
         """The socket's fd. To be asked for after every wait: another task may have closed the link meanwhile,
@@ -316,11 +316,16 @@ async def connect(address: tuple[str, int]) -> trio.socket.SocketType:
     return stream.socket
 
 
-def _why(error: Exception) -> str:
+def _lost(error: Exception) -> LinkLost:
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ECONNRESET):
-        return "the peer closed the link"
+        return LinkClosed("the peer closed the link")
+    return LinkLost(_why(error))
+
+
+def _why(error: Exception) -> str:
     if isinstance(error, trio.ClosedResourceError) or getattr(error, "errno", None) == errno.EBADF:
         return "the link was closed here"
-    if isinstance(error, OSError) and (error.errno or 0) > 0:  # Trio's own words repeat the address
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        # Trio's own words repeat the address.
         return os.strerror(error.errno)
     return getattr(error, "strerror", None) or str(error)

@@ -25,11 +25,13 @@ from curling_fd.errors import (
     CurlingError,
     FrameError,
     HostsDisagree,
+    LinkClosed,
     LinkError,
     LinkLost,
     NotProtected,
     PeerUnreachable,
     PrimaryAlive,
+    QmpError,
     QmpUnreachable,
     RemoteProtocolError,
     StaleGeneration,
@@ -153,8 +155,20 @@ class Follower:
         if record.state is State.FENCED:
             await self._discard_fenced()
         self._suspect_no_more()
+        if allowed(record.state, Event.OFFERED) and await self._guest_runs_here():
+            raise HostsDisagree(f"the VM runs on {record.host.name} too, beside its protected copy on {host}")
         if not allowed(record.state, Event.OFFERED):
             raise WrongRole(record.name, "being its backup", role(record.state))
+
+    async def _guest_runs_here(self) -> bool:
+        """Is there a VM on this host that nobody protects?"""
+        if self._record.qmp is None:
+            return False
+        try:
+            async with open_qmp(self._record.qmp) as qmp:
+                return await qmp.status() == "running"
+        except QmpError:
+            return False
 
     async def _discard_fenced(self) -> None:
         """End the QEMU of a VM that runs elsewhere by right, before it can become its standby here."""
@@ -278,6 +292,10 @@ class Follower:
         record.advance(Event.LINK_LOST, text(error))
         if record.state is not State.SUSPECT:
             self._drop()
+        elif isinstance(error, LinkClosed):
+            # Nobody there may be left to obey the arbiter, and the guest runs on: only silence leads to it.
+            record.reason = "the primary's daemon is gone, not its host: a takeover needs an operator"
+            record.note("waiting", record.reason)
         elif record.arbiter.automatic:
             self._suspicion = trio.CancelScope()
             record.host.nursery.start_soon(self._suspect, self._suspicion)

@@ -382,7 +382,7 @@ class Pair:
         await self.primary.wait_committed(VM, 3, within=SYNC)
 
     def check_replica(self, committed: int, hit: Frame) -> None:
-        """The backup's memory is that of checkpoint `committed`, by what passed the proxy and what was hit."""
+        """The backup's memory is that of checkpoint `committed`, by what passed the proxy or was hit."""
         frames = [*self.proxy.passed, hit]
         plain = PlainImage()
         plain.first_pass(b"".join(frame.payload for frame in frames if frame.kind == BULK))
