@@ -86,9 +86,9 @@ class Curling:
             "primary_cpu_s_per_gb": (after["alpha"] - before["alpha"]) / gigabytes,
             "backup_cpu_s_per_gb": (after["beta"] - before["beta"]) / gigabytes,
             "rate": shown["checkpoints_per_s"],
-            "primary_memory": held[0].own,
+            "primary_peak": held[0].peak,
             "primary_memfds": held[0].memfds,
-            "backup_memory": held[1].own,
+            "backup_peak": held[1].peak,
             "backup_memfds": held[1].memfds,
         }
         return Visit(stops, [float(shown["pages_p50"])], details)
@@ -220,9 +220,9 @@ async def idle_rate(bench: Bench, seconds: float) -> dict[str, float]:
 
 @frozen
 class Memory:
-    """Bytes of a daemon: `own` resident besides shared memory, `memfds` allocated."""
+    """Bytes of a daemon: `peak` resident so far, mapped memfds with it, and `memfds` allocated now."""
 
-    own: int
+    peak: int
     memfds: int
 
 
@@ -241,8 +241,7 @@ def memory(node: Node) -> Memory:
                 sizes[found.st_ino] = found.st_blocks * 512
         except OSError:
             continue
-    anonymous = sum(int(status[key].split()[0]) for key in ("RssAnon", "RssFile"))
-    return Memory(anonymous * 1024, sum(sizes.values()))
+    return Memory(int(status["VmHWM"].split()[0]) * 1024, sum(sizes.values()))
 
 
 def _waiting(events: EventStream) -> list[Event]:

@@ -148,7 +148,7 @@ def daemons(results: dict[str, Any]) -> str:
                 *(
                     f"{details[f'{side}_{kind}'] / 1e6:.0f}"
                     for side in ("primary", "backup")
-                    for kind in ("memory", "memfds")
+                    for kind in ("peak", "memfds")
                 ),
             ]
         )
@@ -157,9 +157,9 @@ def daemons(results: dict[str, Any]) -> str:
         "checkpoints/s",
         "primary CPU s/GB",
         "backup CPU s/GB",
-        "primary MB",
+        "primary peak MB",
         "its memfds MB",
-        "backup MB",
+        "backup peak MB",
         "its memfds MB",
     ]
     return table(head, rows)
@@ -171,7 +171,7 @@ def bounds(results: dict[str, Any]) -> str:
     primary = 2 * limit + 4 * PIECE
     backup = ram + 2 * (limit + HEAD_SIZE)
     return (
-        f"The bounds these memfds cannot pass, with `max_checkpoint = {results['max_checkpoint']}` and `buffers = 2`: "
+        f"With `max_checkpoint = {results['max_checkpoint']}` and `buffers = 2` the memfds cannot pass "
         f"{primary / 1e6:.0f} MB on the primary (two capture buffers, four pieces of a first pass) and "
         f"{backup / 1e6:.0f} MB on the backup (the image, two staging buffers)."
     )

@@ -20,6 +20,7 @@ PATIENCE = 20.0
 """Seconds until a test gives up on something that takes milliseconds."""
 
 DAEMON = """
+import socket
 import sys
 from curling_fd.system.guard import LOST_HEARTBEAT, Guard
 guards = {}
@@ -29,6 +30,8 @@ for line in sys.stdin:
         guards[name] = Guard.start_write(int(numbers[0]), LOST_HEARTBEAT, int(numbers[1]))
     elif verb == "kill":
         guards[name] = Guard.start_kill(int(numbers[0]))
+    elif verb == "cut":
+        guards[name].cut(socket.socket(fileno=int(numbers[0])))
     elif verb == "acted":
         print(guards[name].acted, flush=True)
         continue
@@ -127,11 +130,43 @@ def test_a_frozen_daemons_will_is_written_at_the_deadline(monitor: Monitor, daem
 
 def test_a_guard_that_acted_on_a_deadline_stays_for_the_next(monitor: Monitor, daemon: Daemon) -> None:
     daemon.tell("write", "g", monitor.ours.fileno(), 20)
-    for _ in range(2):
-        daemon.tell("arm", "g")
-        assert monitor.qemu.recv(1000) == LOST_HEARTBEAT
+    daemon.tell("arm", "g")
+    # And it acts once more after each deadline for as long as nobody disarms it.
+    for _ in range(3):
+        assert monitor.qemu.recv(len(LOST_HEARTBEAT)) == LOST_HEARTBEAT
+    daemon.tell("disarm", "g")
     daemon.process.kill()
+    while monitor.qemu.recv(len(LOST_HEARTBEAT)) != LOST_HEARTBEAT:
+        pass
+
+
+def test_a_will_is_written_again_while_qemu_refuses(monitor: Monitor, daemon: Daemon) -> None:
+    guard = os.pidfd_open(int(daemon.tell("write", "g", monitor.ours.fileno(), 60_000)))
+    daemon.process.kill()
+    for _ in range(2):
+        assert monitor.qemu.recv(1000) == LOST_HEARTBEAT
+        monitor.qemu.send(b'{"error": {"class": "GenericError"}, "id": ' + ANSWER + b"}\r\n")
     assert monitor.qemu.recv(1000) == LOST_HEARTBEAT
+    monitor.qemu.send(b'{"return": {}, "id": ' + ANSWER + b"}\r\n")
+    assert gone(guard)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_the_migration_is_cut_before_the_will_is_written(monitor: Monitor, number: signal.Signals) -> None:
+    migration = Monitor()
+    daemon = Daemon(monitor.ours.fileno(), migration.ours.fileno())
+    try:
+        daemon.tell("write", "g", monitor.ours.fileno(), 100)
+        daemon.tell("cut", "g", migration.ours.fileno())
+        daemon.tell("arm", "g")
+        migration.ours.close()
+        daemon.process.send_signal(number)
+        assert monitor.qemu.recv(len(LOST_HEARTBEAT)) == LOST_HEARTBEAT
+        migration.qemu.setblocking(False)
+        assert migration.qemu.recv(1) == b""
+    finally:
+        daemon.close()
+        migration.close()
 
 
 def test_a_disarmed_guard_leaves_a_frozen_daemon_alone(monitor: Monitor) -> None:
