@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,12 @@ def measure_commit() -> dict[str, Any]:
     result: dict[str, Any] = {"memcpy_gb_per_s": transfer.middle(transfer.memcpy, 3)}
     say(f"memcpy {result['memcpy_gb_per_s']:.1f} GB/s")
     for block in (8192, 1 << 20):
-        result[f"socat_{block}_gb_per_s"] = transfer.middle(partial(transfer.socat, 2 * _GIB, block), 3)
+        result[f"socat_{block}_gb_per_s"] = transfer.middle(partial(transfer.socat, _GIB, block), 3)
         say(f"socat -b {block}: {result[f'socat_{block}_gb_per_s']:.2f} GB/s")
     rows = []
     for pages in (250, 1000, 10_000, 30_000):
         wait_quiet()
-        whole = transfer.middle(partial(transfer.commit, pages, 2 * _GIB), 5, key=lambda r: r["gb_per_s"])
+        whole = transfer.middle(partial(transfer.commit, pages, _GIB), 5, key=lambda r: r["gb_per_s"])
         rows.append({"pages": pages, **whole, "stages_gb_per_s": transfer.stages(pages)})
         say(f"commit of {pages} pages: {whole['gb_per_s']:.2f} GB/s, {whole['cpu_s_per_gb']:.2f} CPU s/GB")
     return result | {"rows": rows}
@@ -84,23 +85,26 @@ async def measure_failover(qemu: Executable) -> list[dict[str, Any]]:
     return rows
 
 
-async def measure(parts: list[str], qemu: Executable, budget: float, result: dict[str, Any]) -> None:
-    """Fill `result` part by part."""
+async def measure(
+    parts: list[str], qemu: Executable, budget: float, keep: Callable[[str, Any], None]
+) -> None:
+    """Measure part by part; each result is handed to `keep`."""
     if "commit" in parts:
-        result["commit"] = await trio.to_thread.run_sync(measure_commit)
+        keep("commit", await trio.to_thread.run_sync(measure_commit))
     if "sockets" in parts:
-        result["sockets"] = await trio.to_thread.run_sync(measure_sockets)
+        keep("sockets", await trio.to_thread.run_sync(measure_sockets))
     if "failover" in parts:
-        result["failover"] = await measure_failover(qemu)
+        keep("failover", await measure_failover(qemu))
     if "idle" in parts or "stops" in parts:
         async with primary(qemu) as bench:
             if "idle" in parts:
-                result["idle"] = await idle_rate(bench, 5.0)
-                say(f"idle: {result['idle']['checkpoints_per_s']:.0f} checkpoints/s")
+                found = await idle_rate(bench, 5.0)
+                keep("idle", found)
+                say(f"idle: {found['checkpoints_per_s']:.0f} checkpoints/s")
             if "stops" in parts:
                 variants: list[Variant] = [Floor(), EngineAlone(), Curling(), Stock()]
                 left = budget - (time.monotonic() - _STARTED)
-                result["stops"] = await run_rounds(bench, LOADS, variants, left, say)
+                keep("stops", await run_rounds(bench, LOADS, variants, left, say))
 
 
 def main() -> int:
@@ -118,13 +122,21 @@ def main() -> int:
     qemu = qemu_binary(options.qemu)
     result: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
     result |= {"machine": describe(), "qemu": qemu.banner, "max_checkpoint": MAX_CHECKPOINT}
-    before = Usage.now()
-    with termination_as_interrupt():
-        trio.run(measure, options.parts, qemu, options.budget, result)
-    result["seconds"] = round(time.monotonic() - _STARTED, 1)
-    result["foreign_cpus"] = round(Usage.now().foreign_since(before), 3)
     options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    before = Usage.now()
+
+    def keep(part: str, found: Any) -> None:
+        """Write what is known so far: a later part may fail."""
+        nonlocal before
+        now = Usage.now()
+        result[part] = found
+        result["foreign_cpus"] = result.get("foreign_cpus", {}) | {part: round(now.foreign_since(before), 2)}
+        result["seconds"] = result.get("seconds", {}) | {part: round(now.at - before.at, 1)}
+        before = now
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+    with termination_as_interrupt():
+        trio.run(measure, options.parts, qemu, options.budget, keep)
     print(summary(result))
     return 0
 

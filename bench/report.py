@@ -215,10 +215,11 @@ def targets(results: dict[str, Any]) -> str:
 def machine(results: dict[str, Any]) -> str:
     """Where the numbers come from."""
     found = results["machine"]
+    foreign = ", ".join(f"{part} {cpus:.2f}" for part, cpus in results["foreign_cpus"].items())
     return (
         f"{found['cpus']} CPUs ({found['cpu']}), {found['memory_gib']} GiB, Linux {found['kernel']}, Python "
-        f"{found['python']}, {results['qemu']} under TCG. Meanwhile programs that were not part of the "
-        f"measurement used {results['foreign_cpus']:.2f} CPUs on average."
+        f"{found['python']}, {results['qemu']} under TCG. While a part was measured, programs that do "
+        f"not belong to it used, of these CPUs, on average: {foreign}."
     )
 
 
@@ -244,7 +245,7 @@ def document(results: dict[str, Any]) -> str:
 
 def summary(results: dict[str, Any]) -> str:
     """What was asked and what came out."""
-    return f"{targets(results)}\n\n{machine(results)}\n{results['seconds']:.0f} s in all"
+    return f"{targets(results)}\n\n{machine(results)}\n{sum(results['seconds'].values()):.0f} s in all"
 
 
 def _met(is_met: bool) -> str:

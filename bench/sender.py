@@ -53,8 +53,8 @@ async def frames(port: int, pages: int, count: int) -> None:
             header = Header(Kind.CHECKPOINT, GENERATION, sequence, head.payload_size)
             await link.send_raw(header, head.encode(), buffer, head.ram + head.device)
         await acknowledged.wait()
+        # The backup closes the link, and with it ends the task above.
         await link.send(Kind.END, GENERATION)
-        nursery.cancel_scope.cancel()
 
 
 def file(port: int, size: int) -> None:

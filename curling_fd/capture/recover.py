@@ -73,7 +73,12 @@ async def recover(qmp: QmpClient, *, ours: bool = True) -> None:
 
 async def stand_still(qmp: QmpClient) -> None:
     """Stop a guest again that was started by the end of the checkpoints, and must not be."""
-    with trio.CancelScope(shield=True), suppress(QmpError):  # without QEMU it does
+    deadline = trio.current_time() + _TIMEOUT
+    with trio.CancelScope(deadline=deadline, shield=True), suppress(QmpError), qmp.events() as events:
+        if await qmp.status() == "colo":  # just about to be started
+            async for event in events:
+                if event.name == "RESUME":
+                    break
         if await qmp.status() == "running":
             await qmp.execute("stop")
 

@@ -291,7 +291,7 @@ class PrimarySession:
             )
             if resume:
                 await self._guest_started()
-                if (self.stops.started_us or 0) < captured.released_us:
+                if self.stops.started_before(captured.released_us):
                     # By a `cont` on another monitor: the checkpoint is of no single moment.
                     raise EngineFailed(self._engine.name, "the guest was started during a checkpoint")
         finally:

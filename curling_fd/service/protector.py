@@ -449,7 +449,8 @@ class Protector:
 
     def _committed(self) -> None:
         self._record.remember(wanted=True)
-        self._unusable.clear()
+        if self._record.choice is not None:
+            self._unusable.pop(self._record.choice.engine, None)
         if self._record.state is State.SYNCING:
             self._record.advance(Event.COMMITTED)
 

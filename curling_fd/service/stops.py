@@ -84,6 +84,10 @@ class StopWatcher:
                 self.paused = False
         return self.paused != before
 
+    def started_before(self, now_us: int) -> bool:
+        """Whether the guest was started in the window before that time: by a `cont` on another monitor."""
+        return self.started_us is not None and self.started_us < now_us
+
     def order(self, paused: bool) -> bool:
         """Take an operator's word that came by way of us; True if `paused` changed."""
         before, self.paused = self.paused, paused

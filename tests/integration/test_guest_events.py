@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import trio
 
-from curling_fd.errors import QmpCommandFailed
 from curling_fd.qmp.client import EventStream, QmpClient, open_qmp
 from curling_fd.qmp.protocol import Event
 from curling_fd.varlink.client import Client
@@ -139,7 +138,6 @@ async def test_a_paused_guest_stays_paused_until_it_is_resumed(
             while held < 3:
                 held += await _pause_by_monitor(here, operator, chance)
                 await here.more_checkpoints(2)
-            assert await operator.status() in ("running", "colo", "finish-migrate", "postmigrate")
         assert here.happened(here.primary, "committed") == 1
         here.lose_alpha()
         await here.taken_over()
@@ -181,23 +179,6 @@ def _overlaps(events: list[Event], start: int, end: int) -> bool:
         elif event.name == "RESUME" and stopped <= end and start <= event.timestamp_us:
             return True
     return False
-
-
-@pytest.mark.kvm
-async def test_a_guest_started_in_the_middle_of_a_checkpoint_spoils_that_checkpoint_only() -> None:
-    """QEMU 7.2 obeys `cont` even then; what is in that checkpoint is of no single moment."""
-    async with stage(LabVm(accel="kvm", guest=BootSectorGuest()), **FAST) as here:
-        await here.protect(100)  # an engine that has worked for so long is not given up for one failure
-        async with here.operator() as operator:
-            with trio.fail_after(60):
-                while "started during a checkpoint" not in here.primary.log_text():
-                    with contextlib.suppress(QmpCommandFailed):  # a new first pass may just be at its end
-                        await operator.execute("cont")
-        shown = await here.primary.wait_committed(VM, 10)
-        assert shown["engine"] == "incremental"
-        here.lose_alpha()
-        await here.taken_over()
-        await here.goes_on()
 
 
 @pytest.mark.kvm
