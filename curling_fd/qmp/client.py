@@ -239,5 +239,7 @@ async def _greeting(sock: trio.socket.SocketType, path: str, decoder: Decoder) -
             for message in messages:
                 if isinstance(message, Greeting):
                     return message
-                raise QmpNotQmp(path, repr(message)[:80])
+                # Until it greets, QEMU treats us as the client before us, and may tell us an event.
+                if not isinstance(message, Event):
+                    raise QmpNotQmp(path, repr(message)[:80])
     raise QmpBusy(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -36,6 +37,16 @@ async def serve(nursery: trio.Nursery, tmp_path: Path, *args: Any, **options: An
     server = FakeQmp(tmp_path / "qmp.sock", *args, **options)
     await nursery.start(server.serve)
     return server
+
+
+async def test_an_event_for_the_client_before_us_may_come_before_the_greeting(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    event = {"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 2}}
+    early = "".join(json.dumps(message) + "\r\n" for message in (event, GREETING)).encode()
+    server = await serve(nursery, tmp_path, greeting=early)
+    async with open_qmp(server.path) as qmp:
+        assert qmp.greeting.version == (11, 1, 3)
 
 
 async def test_a_greeting_is_kept_and_answered_with_what_qemu_offers(
