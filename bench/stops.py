@@ -42,6 +42,9 @@ _SYNCED = re.compile(r"migration_bitmap_sync_end dirty_pages (\d+)")
 #: of each buffer.
 WARM_UP = 6
 
+#: An emulated guest boots in ten seconds and fills a GiB in as many, when nothing else runs.
+BOOT_SECONDS = 240
+
 #: Microseconds the guest rests between two bursts of stores.
 PAUSE_US = 5000
 
@@ -118,7 +121,7 @@ class DirtyGuest:
 async def primary(qemu: Executable, memory: str = "512M", pages: int = 32768) -> AsyncIterator[Bench]:
     """A booted guest under TCG whose program has filled `pages` pages."""
     async with LabVm(guest=DirtyGuest(pages, memory), qemu=qemu) as vm:
-        await vm.console.wait_ready()
+        await vm.console.wait_ready(within=BOOT_SECONDS)
         async with open_qmp(vm.operator) as qmp:
             yield Bench(vm, qmp, (await examine(qmp, "incremental", [])).choice, qemu)
 

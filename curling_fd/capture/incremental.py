@@ -23,6 +23,7 @@ from curling_fd.capture.probe import Choice
 from curling_fd.capture.reader import Captured, CheckpointReader, migration_socketpair
 from curling_fd.capture.recover import let_go_on, recover
 from curling_fd.capture.settings import migration_settings
+from curling_fd.capture.tcg import report_all_writes
 from curling_fd.errors import EngineFailed, QmpError
 from curling_fd.qmp.client import EventStream, QmpClient
 from curling_fd.system.buffers import Buffer
@@ -61,6 +62,8 @@ class IncrementalEngine:
         self._reader = CheckpointReader(
             self._socket, description.layout, description.last_block, self._options.stop_limit
         )
+        if self._choice.accelerator == "tcg":
+            await report_all_writes(self._qmp)
         self._socket.send(colo.encode(Message.CHECKPOINT_READY))
         self._guard.disarm()
         return description

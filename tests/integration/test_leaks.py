@@ -15,7 +15,7 @@ from attrs import frozen
 from tests.integration.stage import SYNC, VM, stage
 from tests.lab.cluster import Node
 from tests.lab.console import Console
-from tests.lab.guests import LinuxGuest
+from tests.lab.guests import BootSectorGuest, LinuxGuest
 from tests.lab.roots import Executable
 from tests.lab.vm import LabVm
 
@@ -152,7 +152,7 @@ async def test_a_thousand_checkpoints_leave_nothing_behind(unstable_qemu: Execut
 
 
 async def test_fifty_switches_leave_nothing_behind(unstable_qemu: Executable) -> None:
-    async with stage(LabVm(qemu=unstable_qemu, guest=QUIET), automatic=False) as here:
+    async with stage(LabVm(qemu=unstable_qemu, guest=BootSectorGuest()), automatic=False) as here:
         await here.protect(1)
         ends = (here.primary, here.backup)
         for _ in range(2):
