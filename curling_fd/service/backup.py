@@ -24,6 +24,9 @@ from curling_fd.system.buffers import Buffer, BufferPool
 from curling_fd.system.nursery import open_nursery
 from curling_fd.vmstate.records import PAGE_SIZE
 
+#: Seconds from PREPARED to the primary's first frame: it starts a guard, and QEMU may be slow to answer.
+_BEGIN_TIMEOUT = 10.0
+
 #: Staging buffers: one is filled while the other is committed.
 STAGING = 2
 
@@ -85,6 +88,7 @@ class BackupSession:
         self._standby_failed = standby_failed
         self._committed = committed
         self._first_committed = trio.Event()
+        self._begun = trio.Event()
         self._pool = BufferPool("curling-staging", STAGING, max_raw)
         self._interrupted = trio.Event()
         self._why = ""
@@ -107,7 +111,7 @@ class BackupSession:
             async with open_nursery() as nursery:
                 send, receive = trio.open_memory_channel[Received](0)
                 nursery.start_soon(keep_pulse, self._link, self._generation, self._heartbeat_interval)
-                nursery.start_soon(watch_pulse, self._link, self._failure_timeout)
+                nursery.start_soon(self._watch_pulse)
                 nursery.start_soon(self._watch_standby)
                 nursery.start_soon(self._notice_interruption)
                 async with trio.open_nursery() as work:
@@ -132,6 +136,7 @@ class BackupSession:
     async def _receive(self, channel: trio.MemorySendChannel[Received]) -> Dropped | HandedOver:
         while True:
             received = await self._link.receive()
+            self._begun.set()
             header, content = received.header, received.content
             if received.buffer is not None:
                 try:
@@ -208,6 +213,12 @@ class BackupSession:
                     await trio.to_thread.run_sync(self._replica.commit, staged)
         self._counters.captured(sum(run.count for run in staged.runs), header.length)
         self._counters.commit(header.sequence)
+
+    async def _watch_pulse(self) -> None:
+        """Watch the primary from its first frame on: before it, the primary prepares its QEMU."""
+        with trio.move_on_after(_BEGIN_TIMEOUT):
+            await self._begun.wait()
+        await watch_pulse(self._link, self._failure_timeout)
 
     async def _watch_standby(self) -> None:
         await self._first_committed.wait()

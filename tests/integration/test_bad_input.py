@@ -393,7 +393,6 @@ async def test_what_cannot_be_done_to_a_protected_vm(unstable_qemu: Executable) 
         shown = await here.more_checkpoints()
         assert (shown["state"], (await here.backup.show(VM))["state"]) == ("protected", "standby")
         assert shown["generation"] == (await here.backup.show(VM))["generation"]
-        assert len(here.vm.rounds()) > 0
         await here.vm.console.next_round()
 
 

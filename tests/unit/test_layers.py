@@ -64,6 +64,7 @@ curling_fd.capture.intake
 curling_fd.capture.reader
 curling_fd.capture.recover
 curling_fd.capture.settings
+curling_fd.capture.tcg
 curling_fd.capture.whole
 curling_fd.failover.arbiter
 curling_fd.link.pulse
