@@ -105,6 +105,7 @@ class CheckpointReader:
             StreamError, ColoError: QEMU said what it should not.
         """
         view, limit = buffer.view, buffer.capacity
+        scanner = Scanner.for_checkpoint(self._layout, self._last_block, report_runs=False)
         started = time.perf_counter()
         deadline = started + self._stop_limit
         self._say(Message.CHECKPOINT_REPLY)
@@ -116,7 +117,6 @@ class CheckpointReader:
             on_boundary()
 
         # The message's bytes are overwritten: a checkpoint starts at the start of its buffer.
-        scanner = Scanner.for_checkpoint(self._layout, self._last_block, report_runs=False)
         have = position = 0
         while not scanner.done:
             have = self._fill(view, have, limit, deadline)

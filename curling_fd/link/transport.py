@@ -32,6 +32,7 @@ from curling_fd.link.frames import (
     encode_trailer,
 )
 from curling_fd.system.buffers import Buffer
+from curling_fd.system.threads import work
 
 #: Bytes of the pipe between socket and memfd; more needs CAP_SYS_RESOURCE.
 PIPE_SIZE = 1 << 20
@@ -138,7 +139,7 @@ class FrameLink:
         lets the socket refer to the very pages.
         """
         head = header.encode()
-        frame_digest = await trio.to_thread.run_sync(digest, head, preface, buffer.view[:length])
+        frame_digest = await work(length, digest, head, preface, buffer.view[:length])
         async with self._send_lock:
             with self._whole_frame() as scope:
                 # MSG_MORE: header and payload share segments.
@@ -197,11 +198,7 @@ class FrameLink:
         try:
             await self._splice(buffer.fd, header.length)
             trailer = await self._receive_bytes(TRAILER_SIZE)
-            # A long digest in a thread, so that heartbeats go on; a short one is quicker here.
-            if header.length > _SLICE:
-                found = await trio.to_thread.run_sync(digest, head, buffer.view[: header.length])
-            else:
-                found = digest(head, buffer.view[: header.length])
+            found = await work(header.length, digest, head, buffer.view[: header.length])
             check_trailer(trailer, header.sequence, found)
         except BaseException:
             self.release(buffer)

@@ -66,6 +66,8 @@ class QmpClient:
         self._listeners: set[trio.MemorySendChannel[Event]] = set()
         self._send_lock = trio.Lock()
         self._closed = False
+        self._reading = trio.Lock()  # held while the connection is waited for
+        self._turn = trio.CancelScope()
         self.disconnected = trio.Event()
 
     def fileno(self) -> int:
@@ -134,6 +136,22 @@ class QmpClient:
             self._listeners.discard(send)
             send.close()
 
+    @asynccontextmanager
+    async def unread(self) -> AsyncIterator[None]:
+        """Inside the block what QEMU says stays unread, and is read afterwards.
+
+        A command that is executed inside gets its answer after the block.
+        """
+        self._turn.cancel()
+        async with self._reading:
+            yield
+
+    async def _receive(self) -> bytes:
+        while True:
+            async with self._reading:
+                with trio.CancelScope() as self._turn:
+                    return await self._socket.recv(65536)
+
     async def _send(self, command: str, data: bytes, fds: Sequence[int]) -> None:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
@@ -152,7 +170,7 @@ class QmpClient:
     async def _read(self, decoder: Decoder) -> None:
         """Route what arrives until QEMU closes; then fail every waiter and end every stream."""
         try:
-            while data := await self._socket.recv(65536):
+            while data := await self._receive():
                 for message in decoder.feed(data):
                     self._route(message)
         except (OSError, QmpProtocolError):

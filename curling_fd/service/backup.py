@@ -22,6 +22,7 @@ from curling_fd.replica.image import Replica
 from curling_fd.service.statistics import Counters
 from curling_fd.system.buffers import Buffer, BufferPool
 from curling_fd.system.nursery import open_nursery
+from curling_fd.system.threads import work
 from curling_fd.vmstate.records import PAGE_SIZE
 
 #: Seconds from PREPARED to the primary's first frame: it starts a guard, and QEMU may be slow to answer.
@@ -114,8 +115,8 @@ class BackupSession:
                 nursery.start_soon(self._watch_pulse)
                 nursery.start_soon(self._watch_standby)
                 nursery.start_soon(self._notice_interruption)
-                async with trio.open_nursery() as work:
-                    work.start_soon(self._apply_all, receive)
+                async with trio.open_nursery() as applying:
+                    applying.start_soon(self._apply_all, receive)
                     async with send:
                         outcome = await self._receive(send)
                 nursery.cancel_scope.cancel()
@@ -195,9 +196,8 @@ class BackupSession:
 
     async def _commit(self, received: Received, buffer: Buffer) -> None:
         header = received.header
-        staged = await trio.to_thread.run_sync(
-            self._replica.stage, header.sequence, buffer.view, header.length
-        )
+        length = header.length
+        staged = await work(length, self._replica.stage, header.sequence, buffer.view, length)
         if header.sequence == 1:
             await trio.to_thread.run_sync(self._replica.commit, staged)
             await self._rehearse()
@@ -210,8 +210,8 @@ class BackupSession:
                 try:
                     await self._link.send(Kind.ACK, self._generation, header.sequence)
                 finally:
-                    await trio.to_thread.run_sync(self._replica.commit, staged)
-        self._counters.captured(sum(run.count for run in staged.runs), header.length)
+                    await work(length, self._replica.commit, staged)
+        self._counters.captured(sum(run.count for run in staged.runs), length)
         self._counters.commit(header.sequence)
 
     async def _watch_pulse(self) -> None:

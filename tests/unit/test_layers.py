@@ -80,6 +80,7 @@ curling_fd.system.memory
 curling_fd.system.nursery
 curling_fd.system.privileges
 curling_fd.system.systemd
+curling_fd.system.threads
 curling_fd.system.userfault
 curling_fd.varlink.client
 curling_fd.varlink.listener

@@ -442,3 +442,19 @@ async def test_commands_wait_for_no_event_reader_and_need_none(nursery: trio.Nur
 async def test_every_error_of_the_client_is_a_qmp_error() -> None:
     for error in (QmpBusy, QmpCommandFailed, QmpDisconnected, QmpNotQmp, QmpTimeout, QmpUnreachable):
         assert issubclass(error, QmpError)
+
+
+async def test_what_qemu_says_while_it_stays_unread_comes_afterwards(
+    nursery: trio.Nursery, tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    server = await serve(nursery, tmp_path)
+    async with open_qmp(server.path) as qmp:
+        with qmp.events() as events:
+            for _ in range(3):
+                async with qmp.unread():
+                    await server.event("STOP")
+                    await trio.testing.wait_all_tasks_blocked()
+                    with pytest.raises(trio.WouldBlock):
+                        events.receive_nowait()
+                assert (await events.receive()).name == "STOP"
+            assert await qmp.execute("query-status") == "query-status"
