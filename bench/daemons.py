@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from attrs import frozen
+from attrs import define, field, frozen
 
 from bench.figures import percentile
 from bench.stops import PAUSE_US, Bench, Load, Visit, lose, primary, record
@@ -130,28 +130,36 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-async def failovers(qemu: Executable, memory: str, used: int, count: int) -> dict[str, Any]:
-    """A guest, its backup, and the loss of its host, `count` times.
+@define
+class Failovers:
+    """A guest, its backup, and the loss of its host, over and over. Times are milliseconds.
 
-    Args:
+    Attributes:
         memory: the guest's RAM, as for -m.
         used: pages of it that the guest's program has filled.
-
-    Returns:
-        `failover_ms`, from the decision to the running guest as the daemon reports it; `ordered_ms`, from our
-        call of Failover to QEMU's own RESUME.
+        reported: from the decision to the running guest, as the daemon reports it.
+        ordered: from our call of Failover to QEMU's own RESUME.
+        first_pass: of each session before.
     """
-    reported: list[float] = []
-    ordered: list[float] = []
-    first: list[float] = []
-    for _ in range(count):
+
+    memory: str
+    used: int
+    reported: list[float] = field(factory=list)
+    ordered: list[float] = field(factory=list)
+    first_pass: list[float] = field(factory=list)
+
+    async def once_more(self, qemu: Executable) -> None:
+        """Boot, protect, lose the host, fail over."""
         keys = epoch_keys(0.05)
-        async with primary(qemu, memory, used) as bench, two_daemons(bench, **keys) as (alpha, beta):
+        async with (
+            primary(qemu, self.memory, self.used) as bench,
+            two_daemons(bench, **keys) as (alpha, beta),
+        ):
             await bench.vm.send("d 200")
             with explained(alpha, beta):
                 await alpha.call("Protect", name=VM)
                 shown = await alpha.wait_committed(VM, 10)
-                first.append(shown["statistics"]["first_pass_ms"])
+                self.first_pass.append(shown["statistics"]["first_pass_ms"])
                 alpha.kill()
                 bench.vm.kill()
                 await beta.wait_state(VM, "suspect")
@@ -161,19 +169,22 @@ async def failovers(qemu: Executable, memory: str, used: int, count: int) -> dic
                         # By force, for the dead host's address is this machine's, which answers.
                         vm = (await beta.call("Failover", name=VM, force=True))["vm"]
                         resumed = await _resumed(events)
-                    ordered.append((resumed / 1e6 - start) * 1000)
-                    reported.append(float(vm["statistics"]["failover_ms"]))
+                    self.ordered.append((resumed / 1e6 - start) * 1000)
+                    self.reported.append(float(vm["statistics"]["failover_ms"]))
                     beta.kill()
                     with suppress(QmpError):
                         await standby.execute("quit")
                     await standby.disconnected.wait()
-    return {
-        "ram": memory,
-        "used_mib": used * 4 // 1024,
-        "failover_ms": reported,
-        "ordered_ms": ordered,
-        "first_pass_ms": first,
-    }
+
+    def row(self) -> dict[str, Any]:
+        """For the results."""
+        return {
+            "ram": self.memory,
+            "used_mib": self.used * 4 // 1024,
+            "failover_ms": self.reported,
+            "ordered_ms": self.ordered,
+            "first_pass_ms": self.first_pass,
+        }
 
 
 async def _resumed(events: EventStream) -> int:
