@@ -2,6 +2,7 @@
 
     CurlingError
     |-- ConfigError               a file or a value an administrator wrote is wrong
+    |-- CannotListen              the daemon's address for other hosts is not to be had now
     |-- RequestRefused            a command cannot be done in the state things are in
     |   |-- NoSuchVm, AmbiguousVm, AlreadyProtected, NotProtected, WrongRole
     |   |-- PrimaryAlive          failover asked for while the primary is alive and well
@@ -62,6 +63,14 @@ class ConfigError(CurlingError):
     problem: str
     key: str | None = None
     nearest: str | None = None
+
+
+@define(auto_exc=True, slots=False, str=False, eq=False)
+class CannotListen(CurlingError):
+    """The address for other hosts is another program's, or not this host's; maybe only for now."""
+
+    address: str
+    problem: str
 
 
 class RequestRefused(CurlingError):

@@ -33,6 +33,11 @@ INTERNAL_ERROR = Sentence(
 """For an exception that is none of ours: the client gets this, the journal the traceback."""
 
 _WORDS: dict[type[errors.CurlingError], tuple[str, str]] = {
+    errors.CannotListen: (
+        "This curlingd cannot listen on {address} for other hosts: {problem}.",
+        "End the program that has the port ('ss -ltnp' shows it), or correct listen in curlingd.toml, and "
+        "peer on the other host. Under systemd it is tried again every 2 s.",
+    ),
     # Requests
     errors.RequestRefused: (
         "The request cannot be done now.",

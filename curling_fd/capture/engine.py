@@ -7,19 +7,24 @@ An engine is used as
         while ...:
             captured = await engine.checkpoint(buffer)
 
-and leaves the guest running, unprotected, however the block is left (I5).
+and leaves the guest running, unprotected, however the block is left (I5): unless `leave` was called between
+two checkpoints, so that the daemon after us goes on with the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from attrs import frozen
 
 from curling_fd.capture.reader import Captured
+from curling_fd.capture.settings import UNTHROTTLED, Before
 from curling_fd.system.buffers import Buffer
-from curling_fd.vmstate.records import RamLayout
+from curling_fd.vmstate.records import Block, RamLayout
+
+#: Times the guest's memory that a first pass may send before its limit is raised.
+_FREE = 2
 
 
 @frozen
@@ -33,6 +38,31 @@ class Description:
 
     layout: RamLayout
     last_block: str | None
+
+
+@frozen
+class EngineLeft:
+    """An engine between two checkpoints, for the one that goes on in its place; descriptors go beside it.
+
+    Attributes:
+        before: QEMU's settings before ours.
+        requested: QEMU waits for the answer to a checkpoint request that was read.
+        images: of what was shipped last; their memfds are `image0`, `image1`, ...
+    """
+
+    layout: RamLayout
+    last_block: str | None
+    before: Before
+    requested: bool = False
+    images: tuple[Block, ...] = ()
+
+
+@frozen
+class Inherited:
+    """What another engine has left, with the descriptors of that by name, which are owned."""
+
+    left: EngineLeft
+    fds: Mapping[str, int]
 
 
 class PassSink(Protocol):
@@ -52,16 +82,42 @@ class PassSink(Protocol):
 
 
 @frozen
+class PassLimit:
+    """How fast a first pass may be.
+
+    A guest that writes faster would keep a pass going for ever, and stay unprotected. So the limit is for
+    `_FREE` times the memory, and is doubled with every further memory's worth of bytes.
+
+    Attributes:
+        bandwidth: bytes a second.
+        memory: bytes of the guest's memory.
+        raised: called with the new limit when the guest writes too fast for the one before.
+    """
+
+    bandwidth: int
+    memory: int
+    raised: Callable[[int], None]
+
+    def after(self, sent: int) -> int:
+        """The limit, in bytes a second, once `sent` bytes are."""
+        doublings = max(0, sent // max(self.memory, 1) - _FREE + 1)
+        return min(self.bandwidth << min(doublings, 40), UNTHROTTLED)
+
+
+@frozen
 class EngineOptions:
     """How an engine shall work.
 
     Attributes:
         request_delay_ms: shortest pause between two checkpoint requests of QEMU.
         stop_limit: seconds the guest may stand still for one checkpoint.
+        pass_limit: how fast the first pass may be. The engine `snapshot` has no use for one: its guest waits
+            for each page it writes to be sent first, and would wait longer.
     """
 
     request_delay_ms: int
     stop_limit: float
+    pass_limit: PassLimit | None = None
 
 
 class Engine(Protocol):
@@ -85,6 +141,14 @@ class Engine(Protocol):
 
     async def resume(self) -> None:
         """Let the guest go on after a checkpoint taken with `resume=False`."""
+        ...
+
+    def leave(self) -> tuple[EngineLeft, dict[str, int]]:
+        """Between two checkpoints: let leaving the block leave all as it is.
+
+        Returns:
+            What the next engine needs, and the descriptors for it, borrowed until the block is left.
+        """
         ...
 
     def keep_stopped(self) -> None:

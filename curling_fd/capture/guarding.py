@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 
 import trio
@@ -19,12 +19,18 @@ FROZEN = 1.0
 
 @asynccontextmanager
 async def guarded(
-    qmp: QmpClient, will: bytes, engine: str, *, snapshots: bool = False
+    qmp: QmpClient,
+    will: bytes,
+    engine: str,
+    *,
+    snapshots: bool = False,
+    inherited: Mapping[str, int] | None = None,
 ) -> AsyncIterator[Guard]:
     """A guard that writes `will` to the monitor when we are gone, or when it is armed and we stand still.
 
     Args:
         snapshots: background snapshots are taken, which must not leave the guest waiting.
+        inherited: the descriptors of a guard for all this, left by `Guard.leave`, owned: it is taken up.
 
     Raises:
         EngineFailed: it did not start; without one no checkpoint is taken.
@@ -32,6 +38,8 @@ async def guarded(
     """
 
     def start() -> Guard:
+        if inherited is not None:
+            return Guard.inherit(inherited["control"], inherited["page"], int(FROZEN * 1000))
         pid = qmp.pid if snapshots else 0
         return Guard.start_write(qmp.fileno(), will, int(FROZEN * 1000), snapshot_of=pid)
 
@@ -52,6 +60,16 @@ async def guarded(
                 nursery.cancel_scope.cancel()
     finally:
         guard.retire()
+
+
+def prefixed(prefix: str, fds: Mapping[str, int]) -> dict[str, int]:
+    """`fds` with `prefix` before their names."""
+    return {prefix + name: fd for name, fd in fds.items()}
+
+
+def without(prefix: str, fds: Mapping[str, int]) -> dict[str, int]:
+    """Those of `fds` whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): fd for name, fd in fds.items() if name.startswith(prefix)}
 
 
 def let_go() -> LinkLost:

@@ -16,13 +16,14 @@ import trio
 
 from curling_fd.capture import colo
 from curling_fd.capture.colo import Message
-from curling_fd.capture.engine import Description, EngineOptions, PassSink
-from curling_fd.capture.guarding import guarded, hang_up, let_go
+from curling_fd.capture.engine import Description, EngineLeft, EngineOptions, Inherited, PassSink
+from curling_fd.capture.guarding import guarded, hang_up, let_go, prefixed, without
 from curling_fd.capture.intake import PassIntake
+from curling_fd.capture.limit import limited_pass
 from curling_fd.capture.probe import Choice
 from curling_fd.capture.reader import Captured, CheckpointReader, migration_socketpair
 from curling_fd.capture.recover import let_go_on, recover
-from curling_fd.capture.settings import migration_settings
+from curling_fd.capture.settings import Before, migration_settings, put_back
 from curling_fd.capture.tcg import report_all_writes
 from curling_fd.errors import EngineFailed, QmpError
 from curling_fd.qmp.client import EventStream, QmpClient
@@ -34,22 +35,35 @@ _FD_NAME = "curling-migration"
 
 
 class IncrementalEngine:
-    """Made by `open_incremental`. Borrows the monitor; owns its end of the migration socket."""
+    """Made by `open_incremental` and `inherit_incremental`. Borrows monitor and migration socket."""
 
     name = _NAME
 
     def __init__(
-        self, qmp: QmpClient, choice: Choice, options: EngineOptions, sock: socket.socket, guard: Guard
+        self,
+        qmp: QmpClient,
+        choice: Choice,
+        options: EngineOptions,
+        sock: socket.socket,
+        guard: Guard,
+        before: Before,
     ) -> None:
         self._qmp = qmp
         self._choice = choice
         self._options = options
         self._socket = sock
         self._guard = guard
+        self._before = before
         self._reader: CheckpointReader | None = None
+        self._requested = False
         self.kept = False
+        self.left = False
 
     async def first_pass(self, sink: PassSink) -> Description:
+        async with limited_pass(self._qmp, sink, self._options.pass_limit) as limited:
+            return await self._first_pass(limited)
+
+    async def _first_pass(self, sink: PassSink) -> Description:
         with self._qmp.events() as events:
             self._guard.arm()  # the pass ends with the guest stopped
             await self._qmp.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
@@ -80,12 +94,28 @@ class IncrementalEngine:
                     raise EngineFailed(_NAME, f"the migration ended `{status}` instead of entering COLO")
         raise EngineFailed(_NAME, "QEMU went away during the first pass")
 
+    def inherit(self, left: EngineLeft) -> None:
+        """Go on where another engine has left."""
+        self._reader = CheckpointReader(self._socket, left.layout, left.last_block, self._options.stop_limit)
+        self._requested = left.requested
+
+    def leave(self) -> tuple[EngineLeft, dict[str, int]]:
+        assert self._reader is not None, "leave before first_pass"
+        self._guard.leave()
+        self.left = True
+        left = EngineLeft(self._reader.layout, self._reader.last_block, self._before, self._requested)
+        return left, {"migration": self._socket.fileno(), **prefixed("guard.", self._guard.fds)}
+
     async def ready(self) -> None:
+        if self._requested:
+            await trio.lowlevel.checkpoint()
+            return
         await trio.lowlevel.wait_readable(self._socket)
         request = self._socket.recv(colo.MESSAGE_SIZE, socket.MSG_WAITALL)
         if not request:
             raise EngineFailed(_NAME, "QEMU closed the migration")
         colo.expect(request, Message.CHECKPOINT_REQUEST)
+        self._requested = True
 
     async def checkpoint(
         self, buffer: Buffer, on_boundary: Callable[[], None] | None = None, *, resume: bool = True
@@ -96,6 +126,7 @@ class IncrementalEngine:
         # What QEMU tells of the stop would wake our event loop meanwhile, and the thread that takes the
         # checkpoint would wait for the interpreter: some 0.2 ms.
         async with self._qmp.unread():
+            self._requested = False
             self._guard.arm()
             captured = await trio.to_thread.run_sync(partial(reader.take, buffer, on_boundary, resume=resume))
         if resume:
@@ -134,22 +165,54 @@ async def open_incremental(
         capabilities["return-path"] = True
     parameters = {"x-checkpoint-delay": options.request_delay_ms}
     try:
-        async with migration_settings(qmp, capabilities, parameters):
+        async with migration_settings(qmp, capabilities, parameters) as before:
             await qmp.hand_over(_FD_NAME, theirs.fileno())
             theirs.close()
             async with guarded(qmp, LOST_HEARTBEAT, _NAME) as guard:
                 guard.cut(ours)
-                try:
-                    engine = IncrementalEngine(qmp, choice, options, ours, guard)
+                engine = IncrementalEngine(qmp, choice, options, ours, guard, before)
+                async with _until_the_guest_runs_on(qmp, engine, ours):
                     yield engine
-                finally:
-                    hang_up(ours)
-                    # Without QEMU there is no session.
-                    with trio.CancelScope(shield=True), suppress(QmpError):
-                        if not engine.kept:
-                            await recover(qmp)
-                            # A build whose COLO is broken has completed a migration instead.
-                            await let_go_on(qmp)
     finally:
         ours.close()
         theirs.close()
+
+
+@asynccontextmanager
+async def inherit_incremental(
+    qmp: QmpClient, choice: Choice, options: EngineOptions, inherited: Inherited
+) -> AsyncIterator[IncrementalEngine]:
+    """`open_incremental`, but with what another engine has left; the first pass is done.
+
+    Raises:
+        LinkLost: as there.
+        EngineFailed: the guard is gone, and with it the checkpoint loop.
+    """
+    left, fds = inherited.left, inherited.fds
+    with socket.socket(fileno=fds["migration"]) as ours:
+        try:
+            async with guarded(qmp, LOST_HEARTBEAT, _NAME, inherited=without("guard.", fds)) as guard:
+                engine = IncrementalEngine(qmp, choice, options, ours, guard, left.before)
+                engine.inherit(left)
+                async with _until_the_guest_runs_on(qmp, engine, ours):
+                    yield engine
+        finally:
+            with trio.CancelScope(shield=True):
+                await put_back(qmp, left.before)
+
+
+@asynccontextmanager
+async def _until_the_guest_runs_on(
+    qmp: QmpClient, engine: IncrementalEngine, ours: socket.socket
+) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        if not engine.left:
+            hang_up(ours)
+        # Without QEMU there is no session.
+        with trio.CancelScope(shield=True), suppress(QmpError):
+            if not engine.kept and not engine.left:
+                await recover(qmp)
+                # A build whose COLO is broken has completed a migration instead.
+                await let_go_on(qmp)

@@ -88,6 +88,15 @@ class CheckpointReader:
         self._stop_limit = stop_limit
         set_receive_timeout(sock, stop_limit)
 
+    @property
+    def layout(self) -> RamLayout:
+        return self._layout
+
+    @property
+    def last_block(self) -> str | None:
+        """The block of the newest page."""
+        return self._last_block
+
     def take(
         self, buffer: Buffer, on_boundary: Callable[[], None] | None = None, *, resume: bool = True
     ) -> Captured:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 
 import trio
 
@@ -10,6 +11,7 @@ from curling_fd.capture.settings import capabilities, set_capabilities
 from curling_fd.errors import (
     CheckpointTimeout,
     EngineFailed,
+    GuestEnded,
     MigrationBlocked,
     QmpCommandFailed,
     QmpError,
@@ -81,6 +83,20 @@ async def stand_still(qmp: QmpClient) -> None:
                     break
         if await qmp.status() == "running":
             await qmp.execute("stop")
+
+
+@asynccontextmanager
+async def standing_still(qmp: QmpClient, paused: Callable[[], bool]) -> AsyncIterator[None]:
+    """Leave a guest stopped that has ended or was `paused`, though the end of the checkpoints starts it."""
+    ended = False
+    try:
+        yield
+    except GuestEnded:
+        ended = True
+        raise
+    finally:
+        if ended or paused():
+            await stand_still(qmp)
 
 
 async def until_no_migration(qmp: QmpClient, events: EventStream) -> None:

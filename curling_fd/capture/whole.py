@@ -15,12 +15,13 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from curling_fd.capture.engine import Description, EngineOptions, PassSink
-from curling_fd.capture.guarding import guarded, hang_up, let_go
+from curling_fd.capture.engine import Description, EngineLeft, EngineOptions, Inherited, PassSink
+from curling_fd.capture.guarding import guarded, hang_up, let_go, prefixed, without
 from curling_fd.capture.intake import PassIntake
+from curling_fd.capture.limit import limited_pass
 from curling_fd.capture.reader import Captured, migration_socketpair, set_receive_timeout
 from curling_fd.capture.recover import free_guest, let_go_on, until_no_migration
-from curling_fd.capture.settings import migration_settings, set_capabilities
+from curling_fd.capture.settings import Before, migration_settings, put_back, set_capabilities
 from curling_fd.errors import CheckpointTimeout, CheckpointTooLarge, EngineFailed, QmpError
 from curling_fd.qmp.client import EventStream, QmpClient
 from curling_fd.system.buffers import Buffer
@@ -31,6 +32,7 @@ from curling_fd.vmstate.ram import fill_bytes, page_addresses
 from curling_fd.vmstate.records import (
     PAGE_SIZE,
     PAGE_STRIDE,
+    Block,
     BlockTable,
     DeviceState,
     Event,
@@ -67,17 +69,31 @@ class LastImage:
     """What the backup has: an image of every RAM block as last shipped."""
 
     def __init__(self) -> None:
+        self._blocks: list[Block] = []
         self._buffers: list[Buffer] = []
         self._images: dict[str, RamImage] = {}
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return tuple(self._blocks)
+
+    def fds(self) -> dict[str, int]:
+        """The memfds of the images, borrowed; in the order of `blocks`."""
+        return {f"image{index}": buffer.fd for index, buffer in enumerate(self._buffers)}
+
+    def add(self, block: Block, fd: int | None = None) -> None:
+        """Keep an image of `block`: empty, or the one in the memfd `fd`, owned from here on."""
+        size = -(-block.size // PAGE_SIZE) * PAGE_SIZE
+        self._blocks.append(block)
+        self._buffers.append(buffer := Buffer(f"curling-last-{block.name}", size, prefault=0, fd=fd))
+        self._images[block.name] = RamImage(buffer.view, fresh=fd is None)
 
     def observe(self, view: memoryview, events: Iterable[Event]) -> None:
         """Take over everything in `events`, which lies in `view`."""
         for event in events:
             if isinstance(event, BlockTable):
                 for block in event.blocks:
-                    size = -(-block.size // PAGE_SIZE) * PAGE_SIZE
-                    self._buffers.append(buffer := Buffer(f"curling-last-{block.name}", size, prefault=0))
-                    self._images[block.name] = RamImage(buffer.view)
+                    self.add(block)
             elif isinstance(event, PageRun | FillRun):
                 self._images[event.block.name].apply(view, event)
 
@@ -115,9 +131,11 @@ def _pages(view: memoryview, run: PageRun | FillRun) -> Iterable[tuple[int, byte
 
 
 class WholeEngine:
-    """Made by `open_whole`. Borrows the monitor."""
+    """Made by `open_whole` and `inherit_whole`. Borrows the monitor."""
 
-    def __init__(self, name: str, qmp: QmpClient, options: EngineOptions, guard: Guard) -> None:
+    def __init__(
+        self, name: str, qmp: QmpClient, options: EngineOptions, guard: Guard, before: Before
+    ) -> None:
         self.name = name
         self._qmp = qmp
         self._options = options
@@ -125,20 +143,38 @@ class WholeEngine:
         self._image = LastImage()
         self._chunk = Buffer("curling-chunk", _CHUNK)
         self._layout: RamLayout | None = None
+        self._before = before
         self.kept = False
+        self.left = False
 
     async def first_pass(self, sink: PassSink) -> Description:
         description: Description | None = None
 
         async def receive(sock: socket.socket) -> None:
             nonlocal description
-            intake = PassIntake(self.name, sock, sink, ends_with_socket=True, observe=self._image.observe)
+            observe = self._image.observe
+            intake = PassIntake(self.name, sock, limited, ends_with_socket=True, observe=observe)
             description = await intake.run()
 
-        await self._migrate(receive, resume=True)
+        limit = None if self.name == "snapshot" else self._options.pass_limit
+        async with limited_pass(self._qmp, sink, limit) as limited:
+            await self._migrate(receive, resume=True)
         assert description is not None
         self._layout = description.layout
         return description
+
+    def inherit(self, inherited: Inherited) -> None:
+        """Go on where another engine has left."""
+        self._layout = inherited.left.layout
+        for index, block in enumerate(inherited.left.images):
+            self._image.add(block, inherited.fds[f"image{index}"])
+
+    def leave(self) -> tuple[EngineLeft, dict[str, int]]:
+        assert self._layout is not None, "leave before first_pass"
+        self._guard.leave()
+        self.left = True
+        left = EngineLeft(self._layout, None, self._before, images=self._image.blocks)
+        return left, {**self._image.fds(), **prefixed("guard.", self._guard.fds)}
 
     async def ready(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -272,17 +308,45 @@ async def open_whole(name: str, qmp: QmpClient, options: EngineOptions) -> Async
     snapshots = name == "snapshot"
     capabilities = {"events": True, "background-snapshot": snapshots}
     async with (
-        migration_settings(qmp, capabilities),
+        migration_settings(qmp, capabilities) as before,
         guarded(qmp, _CONTINUE, name, snapshots=snapshots) as guard,
+        _until_the_guest_runs_on(qmp, WholeEngine(name, qmp, options, guard, before)) as engine,
     ):
-        engine = WholeEngine(name, qmp, options, guard)
-        try:
+        yield engine
+
+
+@asynccontextmanager
+async def inherit_whole(
+    name: str, qmp: QmpClient, options: EngineOptions, inherited: Inherited
+) -> AsyncIterator[WholeEngine]:
+    """`open_whole`, but with what another engine has left; the first pass is done.
+
+    Raises:
+        LinkLost: as there.
+        EngineFailed: the guard is gone.
+    """
+    before, guard_fds = inherited.left.before, without("guard.", inherited.fds)
+    try:
+        async with (
+            guarded(qmp, _CONTINUE, name, snapshots=name == "snapshot", inherited=guard_fds) as guard,
+            _until_the_guest_runs_on(qmp, WholeEngine(name, qmp, options, guard, before)) as engine,
+        ):
+            engine.inherit(inherited)
             yield engine
-        finally:
-            with trio.CancelScope(shield=True):
-                if not engine.kept:
-                    await _end(qmp)
-            engine.close()
+    finally:
+        with trio.CancelScope(shield=True):
+            await put_back(qmp, before)
+
+
+@asynccontextmanager
+async def _until_the_guest_runs_on(qmp: QmpClient, engine: WholeEngine) -> AsyncIterator[WholeEngine]:
+    try:
+        yield engine
+    finally:
+        with trio.CancelScope(shield=True):
+            if not engine.kept and not engine.left:
+                await _end(qmp)
+        engine.close()
 
 
 async def _end(qmp: QmpClient) -> None:

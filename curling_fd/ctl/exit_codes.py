@@ -51,6 +51,7 @@ _CODES: dict[type[CurlingError], ExitCode] = {
     CurlingError: ExitCode.FAILED,
     ErrorReply: ExitCode.FAILED,
     errors.ConfigError: ExitCode.CONFIG,
+    errors.CannotListen: ExitCode.CONFIG,
     errors.RequestRefused: ExitCode.REFUSED,
     errors.NoSuchVm: ExitCode.NO_SUCH_VM,
     errors.AmbiguousVm: ExitCode.NO_SUCH_VM,

@@ -59,7 +59,8 @@ class _Lines:
             self._started = now
         if (phase, tenth) != self._last:
             elapsed = now - self._started
-            speed = f", {format_size(done / elapsed)}/s" if elapsed > 0.1 and done else ""
+            ours = f", {format_size(done / elapsed)}/s" if elapsed > 0.1 and done else ""
+            speed = "" if words.speed(made) else ours  # an older daemon does not say
             self._output.say(f"{words.word(vm.get('name'))}: {words.progress(vm)}{speed}")
             self._last = (phase, tenth)
 

@@ -170,7 +170,14 @@ def progress(vm: Mapping[str, Any]) -> str:
         return ""
     done, total = made.get("done_bytes", 0), made.get("total_bytes", 0)
     share = f" ({percent(done, total)} %)" if total else ""
-    return f"{word(made.get('phase'))}: {format_size(done)} of {format_size(total)}{share}"
+    return f"{word(made.get('phase'))}: {format_size(done)} of {format_size(total)}{share}{speed(made)}"
+
+
+def speed(made: Mapping[str, Any]) -> str:
+    """How fast a step is, and how fast it may be, to go after something else; empty when that is not told."""
+    rate, limit = made.get("rate"), made.get("limit")
+    now = f", {format_size(rate)}/s" if rate else ""
+    return now + (f" (limit {format_size(limit)}/s)" if now and limit else "")
 
 
 def percent(done: int, total: int) -> int:

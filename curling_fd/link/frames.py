@@ -29,7 +29,7 @@ from attrs import frozen
 from curling_fd.errors import FrameError
 
 #: Version of everything in this file and in docs/protocol.md. Both sides must have the same.
-PROTOCOL = 1
+PROTOCOL = 2
 
 _MAGIC = b"CRLG"
 _COMMIT = b"CMIT"
@@ -63,6 +63,10 @@ class Kind(IntEnum):
     END = 12  # P: protection ends, drop the replica
     HANDOVER = 13  # P: run the VM from the last committed checkpoint
     TAKEN = 14  # B: it runs here, with this generation
+    REST = 15  # both: our daemon is about to be restarted
+    RESTING = 16  # both: everything of yours is answered, and nothing more comes before you are back
+    PROBE = 17  # in place of HELLO, and from either host: how are you?
+    FACTS = 18  # the answer
 
 
 #: Kinds whose payload goes to a memfd; the payload of the others is JSON or empty.

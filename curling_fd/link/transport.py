@@ -119,6 +119,10 @@ class FrameLink:
             pass  # over the user's pipe quota: the default of 64 KiB serves, slower
         self._pipe_size = fcntl.fcntl(self._pipe_in, fcntl.F_GETPIPE_SZ)
 
+    def fileno(self) -> int:
+        """The connection's fd, borrowed: it stays the link's."""
+        return self._fileno()
+
     async def send(
         self,
         kind: Kind,

@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeAlias
 
 import trio
+from attrs import frozen
 
 from curling_fd.errors import (
     QmpBusy,
@@ -45,6 +46,22 @@ GREETING_TIMEOUT = 2.0
 #: QEMU answers the commands we use within milliseconds; its main loop can be busy for longer.
 COMMAND_TIMEOUT = 20.0
 
+
+@frozen
+class MonitorLeft:
+    """An open monitor between two processes that use it in turn.
+
+    Attributes:
+        next_id: first id of a command that was not used yet.
+        unread: the beginning of a message that had not come whole.
+    """
+
+    greeting: Greeting
+    pid: int
+    next_id: int
+    unread: bytes
+
+
 EventStream: TypeAlias = trio.MemoryReceiveChannel[Event]
 
 
@@ -56,18 +73,27 @@ class QmpClient:
         pid: the process that listens on the socket: QEMU, unless something else opened it for QEMU.
     """
 
-    def __init__(self, sock: trio.socket.SocketType, greeting: Greeting, pid: int) -> None:
+    def __init__(
+        self,
+        sock: trio.socket.SocketType,
+        greeting: Greeting,
+        pid: int,
+        decoder: Decoder | None = None,
+        first_id: int = 1,
+    ) -> None:
         self.greeting = greeting
         self.pid = pid
         self._socket = sock
+        self._decoder = decoder or Decoder()
         self._out_of_band = "oob" in greeting.capabilities
-        self._ids = itertools.count(1)
+        self._ids = itertools.count(first_id)
         self._waiting: dict[int, trio.MemorySendChannel[Return | Error]] = {}
         self._listeners: set[trio.MemorySendChannel[Event]] = set()
         self._send_lock = trio.Lock()
         self._closed = False
         self._reading = trio.Lock()  # held while the connection is waited for
         self._turn = trio.CancelScope()
+        self._wanted = 0  # how many wait for it
         self.disconnected = trio.Event()
 
     def fileno(self) -> int:
@@ -142,14 +168,37 @@ class QmpClient:
 
         A command that is executed inside gets its answer after the block.
         """
-        self._turn.cancel()
-        async with self._reading:
+        await self._stop_reading()
+        try:
             yield
+        finally:
+            self._reading.release()
+
+    async def leave(self) -> MonitorLeft:
+        """Read and execute nothing more: whoever has a duplicate of the connection can go on with it."""
+        await self._stop_reading()
+        self._closed = True
+        return MonitorLeft(self.greeting, self.pid, next(self._ids), self._decoder.rest)
+
+    def replay(self, events: Sequence[Event]) -> None:
+        """Tell every open stream `events` that happened before."""
+        for event in events:
+            self._route(event)
+
+    async def _stop_reading(self) -> None:
+        self._wanted += 1
+        self._turn.cancel()
+        try:
+            await self._reading.acquire()
+        finally:
+            self._wanted -= 1
 
     async def _receive(self) -> bytes:
         while True:
             async with self._reading:
                 with trio.CancelScope() as self._turn:
+                    if self._wanted:  # since before this turn began
+                        self._turn.cancel()
                     return await self._socket.recv(65536)
 
     async def _send(self, command: str, data: bytes, fds: Sequence[int]) -> None:
@@ -167,11 +216,11 @@ class QmpClient:
         except OSError:
             raise QmpDisconnected(command) from None
 
-    async def _read(self, decoder: Decoder) -> None:
+    async def _read(self) -> None:
         """Route what arrives until QEMU closes; then fail every waiter and end every stream."""
         try:
             while data := await self._receive():
-                for message in decoder.feed(data):
+                for message in self._decoder.feed(data):
                     self._route(message)
         except (OSError, QmpProtocolError):
             pass  # a monitor that breaks off or talks nonsense is gone either way
@@ -219,18 +268,39 @@ async def open_qmp(path: str | os.PathLike[str]) -> AsyncIterator[QmpClient]:
         _check_connected(sock, path)
         pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         decoder = Decoder()
-        client = QmpClient(sock, await _greeting(sock, path, decoder), pid)
-        async with open_nursery() as nursery:
-            nursery.start_soon(client._read, decoder)
+        client = QmpClient(sock, await _greeting(sock, path, decoder), pid, decoder)
+        async with _reading(client):
             oob = {"enable": ["oob"]} if client._out_of_band else None
             await client.execute("qmp_capabilities", oob)
-            try:
-                yield client
-            finally:
-                nursery.cancel_scope.cancel()
-                client._close()
+            yield client
     finally:
         sock.close()
+
+
+@asynccontextmanager
+async def inherit_qmp(fd: int, left: MonitorLeft) -> AsyncIterator[QmpClient]:
+    """Go on with the connection `fd` (owned from here on), which another process has `left`."""
+    sock = trio.socket.fromfd(fd, socket.AF_UNIX, socket.SOCK_STREAM)
+    os.close(fd)
+    try:
+        decoder = Decoder()
+        decoder.feed(left.unread)
+        client = QmpClient(sock, left.greeting, left.pid, decoder, left.next_id)
+        async with _reading(client):
+            yield client
+    finally:
+        sock.close()
+
+
+@asynccontextmanager
+async def _reading(client: QmpClient) -> AsyncIterator[None]:
+    async with open_nursery() as nursery:
+        nursery.start_soon(client._read)
+        try:
+            yield
+        finally:
+            nursery.cancel_scope.cancel()
+            client._close()
 
 
 def _check_connected(sock: trio.socket.SocketType, path: str) -> None:

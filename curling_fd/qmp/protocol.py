@@ -78,6 +78,11 @@ class Decoder:
         self._scanned = 0
         self._max_line = max_line
 
+    @property
+    def rest(self) -> bytes:
+        """What came of a line that is not whole."""
+        return bytes(self._buffer)
+
     def feed(self, data: bytes | bytearray | memoryview) -> list[Message]:
         """Take `data` and return every message that is now whole.
 

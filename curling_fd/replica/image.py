@@ -45,6 +45,22 @@ class Staged:
     last_block: str | None
 
 
+@frozen
+class ReplicaLeft:
+    """A replica between two processes that keep it in turn; its images go beside it, as memfds.
+
+    Attributes:
+        sequence: of the checkpoint it is.
+        small: the RAM blocks that no standby maps, in the order of their images.
+    """
+
+    sequence: int
+    configuration: Configuration | None
+    layout: RamLayout
+    last_block: str | None
+    small: tuple[Block, ...]
+
+
 class Replica:
     """Images of a VM's RAM and the state of its devices.
 
@@ -57,7 +73,7 @@ class Replica:
 
     def __init__(self, mapped: Sequence[tuple[Block, Buffer]]) -> None:
         self._mapped = tuple(block for block, _ in mapped)
-        self._small: list[Buffer] = []
+        self._small: list[tuple[Block, Buffer]] = []
         # A QEMU that starts may have written something into its memory already.
         self._images = {
             block.name: RamImage(buffer.view, fresh=not buffer.allocated()) for block, buffer in mapped
@@ -68,6 +84,39 @@ class Replica:
         self._last_block: str | None = None
         self._device = b""
         self.committed = 0
+
+    @classmethod
+    def inherit(
+        cls, mapped: Sequence[tuple[Block, Buffer]], left: ReplicaLeft, small: Sequence[int], device: bytes
+    ) -> Replica:
+        """The replica that another process has `left`.
+
+        Args:
+            mapped: see above; with their content.
+            small: memfds of the small blocks; owned from here on.
+            device: the device state.
+        """
+        replica = cls(mapped)
+        for block, fd in zip(left.small, small, strict=True):
+            replica._add_small(block, fd)
+        replica._configuration = left.configuration
+        replica._layout = left.layout
+        replica._last_block = left.last_block
+        replica._device = device
+        replica.committed = left.sequence
+        return replica
+
+    def leave(self) -> tuple[ReplicaLeft, tuple[int, ...], bytes]:
+        """What `inherit` needs but the mapped blocks; the descriptors are borrowed."""
+        assert self._layout is not None, "nothing committed"
+        left = ReplicaLeft(
+            self.committed,
+            self._configuration,
+            self._layout,
+            self._last_block,
+            tuple(block for block, _ in self._small),
+        )
+        return left, tuple(buffer.fd for _, buffer in self._small), self._device
 
     def bulk(self, view: memoryview, length: int) -> None:
         """Take a piece of the first pass, whole records in `view[:length]`.
@@ -146,7 +195,7 @@ class Replica:
     def close(self) -> None:
         """Free the images of the small blocks; the mapped ones are the caller's."""
         self._images.clear()
-        for buffer in self._small:
+        for _, buffer in self._small:
             buffer.close()
         self._small.clear()
 
@@ -159,13 +208,15 @@ class Replica:
         if sum(block.size for block in small) > SMALL_BLOCKS_LIMIT:
             raise FrameError("the VM's smaller RAM blocks are larger than all a VM has")
         for block in small:
-            if block.name in self._images:
-                continue  # the list was sent again
-            # Touched now: all of it is read at a failover, and first use would take most of that time.
-            size = max(_whole_pages(block.size), PAGE_SIZE)
-            buffer = Buffer(f"curling-{block.name}", size, prefault=size)
-            self._small.append(buffer)
-            self._images[block.name] = RamImage(buffer.view)
+            if block.name not in self._images:  # else the list was sent again
+                self._add_small(block)
+
+    def _add_small(self, block: Block, fd: int | None = None) -> None:
+        # Touched now: all of it is read at a failover, and first use would take most of that time.
+        size = max(_whole_pages(block.size), PAGE_SIZE)
+        buffer = Buffer(f"curling-{block.name}", size, prefault=size, fd=fd)
+        self._small.append((block, buffer))
+        self._images[block.name] = RamImage(buffer.view, fresh=fd is None)
 
     def _apply(self, view: memoryview, runs: Iterable[PageRun | FillRun]) -> None:
         for run in runs:

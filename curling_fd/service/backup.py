@@ -16,7 +16,7 @@ from attrs import frozen
 
 from curling_fd.errors import FrameError, LinkLost
 from curling_fd.link.frames import Kind
-from curling_fd.link.pulse import keep_pulse, watch_pulse
+from curling_fd.link.pulse import REST_LIMIT, Pulse, rest_seconds
 from curling_fd.link.transport import FrameLink, Received
 from curling_fd.replica.image import Replica
 from curling_fd.service.statistics import Counters
@@ -50,8 +50,17 @@ class HandedOver:
     paused: bool
 
 
+@frozen
+class AtRest:
+    """The next daemon on this host can go on. `peer_rests`: the primary's is restarted as well."""
+
+    peer_rests: bool
+
+
 class BackupSession:
     """Follows one primary over one link. Borrows link and replica.
+
+    A session on a replica that is a checkpoint already goes on where the daemon before us left it.
 
     Args:
         max_raw: the largest frame the primary may send, in bytes.
@@ -77,29 +86,37 @@ class BackupSession:
         rehearse: Callable[[], Awaitable[None]],
         standby_failed: Callable[[], Awaitable[None]],
         committed: Callable[[], None],
+        paused: bool = False,
+        peer_rests: bool = False,
     ) -> None:
-        self.paused = False
+        self.paused = paused
         self._link = link
         self._replica = replica
         self._counters = counters
         self._generation = generation
-        self._heartbeat_interval = heartbeat_interval
-        self._failure_timeout = failure_timeout
+        self._pulse = Pulse(link, generation, heartbeat_interval, failure_timeout)
+        if peer_rests:
+            self._pulse.expect(REST_LIMIT)
+        self._restarting = False
         self._rehearse = rehearse
         self._standby_failed = standby_failed
         self._committed = committed
         self._first_committed = trio.Event()
         self._begun = trio.Event()
+        if replica.committed:
+            self._first_committed.set()
+            self._begun.set()
         self._pool = BufferPool("curling-staging", STAGING, max_raw)
         self._interrupted = trio.Event()
+        self._resting = trio.CancelScope()
         self._why = ""
         self._bulk_sequence = 0
-        self._sequence = 0
+        self._sequence = replica.committed
         link.max_raw = max_raw
         link.acquire = self._pool.acquire
         link.release = self._pool.release
 
-    async def run(self) -> Dropped | HandedOver:
+    async def run(self) -> Dropped | HandedOver | AtRest:
         """Follow the primary until it says that it is over.
 
         Raises:
@@ -107,11 +124,11 @@ class BackupSession:
             RemoteProtocolError: the primary sent what it must not.
             StandbyFailed: the waiting QEMU exited.
         """
-        outcome: Dropped | HandedOver | None = None
+        outcome: Dropped | HandedOver | AtRest | None = None
         try:
             async with open_nursery() as nursery:
                 send, receive = trio.open_memory_channel[Received](0)
-                nursery.start_soon(keep_pulse, self._link, self._generation, self._heartbeat_interval)
+                nursery.start_soon(self._pulse.keep)
                 nursery.start_soon(self._watch_pulse)
                 nursery.start_soon(self._watch_standby)
                 nursery.start_soon(self._notice_interruption)
@@ -125,6 +142,20 @@ class BackupSession:
         assert outcome is not None
         return outcome
 
+    async def restart(self) -> None:
+        """Leave the session to the next daemon: `run` returns AtRest once nothing is under way."""
+        restarts_too = self._pulse.resting  # and its next daemon is told when it is there
+        self._restarting = True
+        await self._pulse.rest(REST_LIMIT)
+        await self._link.send(Kind.REST, self._generation, content={"seconds": REST_LIMIT})
+        if restarts_too:
+            self._resting.cancel()
+
+    @property
+    def can_rest(self) -> bool:
+        """Whether there is something that the next daemon can go on with."""
+        return self._first_committed.is_set()
+
     def interrupt(self, why: str) -> None:
         """Let go of the primary: `run` raises LinkLost. A checkpoint that is whole is committed first."""
         self._why = why
@@ -134,10 +165,17 @@ class BackupSession:
         await self._interrupted.wait()
         raise LinkLost(self._why)
 
-    async def _receive(self, channel: trio.MemorySendChannel[Received]) -> Dropped | HandedOver:
+    async def _receive(self, channel: trio.MemorySendChannel[Received]) -> Dropped | HandedOver | AtRest:
+        with self._resting:
+            return await self._receive_all(channel)
+        return AtRest(peer_rests=True)
+
+    async def _receive_all(self, channel: trio.MemorySendChannel[Received]) -> Dropped | HandedOver | AtRest:
         while True:
             received = await self._link.receive()
             self._begun.set()
+            if not self._restarting:
+                self._pulse.wake()
             header, content = received.header, received.content
             if received.buffer is not None:
                 try:
@@ -152,6 +190,14 @@ class BackupSession:
             match header.kind:
                 case Kind.HEARTBEAT:
                     pass
+                case Kind.REST | Kind.RESTING if self._restarting:
+                    # The next frame is for the next daemon.
+                    return AtRest(peer_rests=header.kind is Kind.REST)
+                case Kind.REST:
+                    await self._pulse.rest(rest_seconds(received))
+                    await self._link.send(Kind.RESTING, self._generation)
+                case Kind.RESTING:
+                    pass  # to the daemon before us, which did not wait for it
                 case Kind.NOTE:
                     self.paused = bool(content.get("paused"))
                 case Kind.END:
@@ -218,7 +264,7 @@ class BackupSession:
         """Watch the primary from its first frame on: before it, the primary prepares its QEMU."""
         with trio.move_on_after(_BEGIN_TIMEOUT):
             await self._begun.wait()
-        await watch_pulse(self._link, self._failure_timeout)
+        await self._pulse.watch()
 
     async def _watch_standby(self) -> None:
         await self._first_committed.wait()

@@ -35,6 +35,7 @@ from curling_fd.service.config_keys import (
     ListOf,
     Name,
     Number,
+    Rate,
     Size,
     TextTable,
     Word,
@@ -175,6 +176,15 @@ class VmConfig:
     )
     buffers: int = key(
         Number(2, 8), 2, "Checkpoints that may be on the way at once. Each takes up to max_checkpoint."
+    )
+    resync_bandwidth: int | None = key(
+        Rate(1 << 20, 1 << 40),
+        None,
+        "How fast a first pass may be, so that the resync after an outage leaves the guest, and others on "
+        "the network, something. Checkpoints are not held back. A guest that writes faster than this would "
+        "never be protected: after twice its memory the limit doubles, and again after each further time its "
+        "memory. Not for the engine snapshot, whose guest waits for the pages it writes to be sent.",
+        shown="no limit: until the pass is over the VM is unprotected",
     )
     shared_disks: tuple[str, ...] = key(
         ListOf("QEMU device or node names"),

@@ -124,6 +124,30 @@ class Size:
 
 
 @frozen
+class Rate:
+    """Bytes a second, written as a size and "/s"."""
+
+    least: int
+    most: int
+
+    def read(self, value: Any) -> int:
+        text = _text(value, 'a speed like "100MiB/s"')
+        size, slash, unit = text.partition("/")
+        if not slash or unit.strip() != "s":
+            raise ValueError(f"{text!r} is not a speed like 100MiB/s: write /s after the size")
+        rate = parse_size(size)
+        if not self.least <= rate <= self.most:
+            raise ValueError(f"{value} is not {self._range()}")
+        return rate
+
+    def describe(self) -> str:
+        return f'speed like "100MiB/s", {self._range()}'
+
+    def _range(self) -> str:
+        return f"from {format_size(self.least)}/s to {format_size(self.most)}/s"
+
+
+@frozen
 class Choice:
     """One of some words."""
 

@@ -20,15 +20,27 @@ from pathlib import Path
 import trio
 
 from curling_fd import __version__
-from curling_fd.errors import ConfigError, CurlingError, FrameError, LinkLost, NoSuchVm, PeerIncompatible
+from curling_fd.errors import (
+    CannotListen,
+    ConfigError,
+    CurlingError,
+    FrameError,
+    LinkLost,
+    NoSuchVm,
+    PeerIncompatible,
+)
+from curling_fd.journald import sender as journald
+from curling_fd.journald.messages import Message
 from curling_fd.link.frames import PROTOCOL, Kind
 from curling_fd.link.transport import FrameLink, Received
-from curling_fd.sentences import sentence
+from curling_fd.sentences import Sentence, sentence
 from curling_fd.service.api import Api
 from curling_fd.service.config import Config, load
+from curling_fd.service.facts import answer
 from curling_fd.service.greeting import GREETING_TIMEOUT, check_secure
 from curling_fd.service.host import Host
 from curling_fd.service.journal import Journal
+from curling_fd.service.restart import estates
 from curling_fd.service.store import Store
 from curling_fd.service.vm import Vm
 from curling_fd.system import privileges, systemd
@@ -61,6 +73,7 @@ class Daemon:
 
         Raises:
             ConfigError: a socket or a directory of the configuration cannot be used.
+            CannotListen: the address for other hosts is not to be had now.
         """
         config = self._config.daemon
         for directory in (config.state_directory, config.runtime_directory):
@@ -76,8 +89,9 @@ class Daemon:
             )
             nursery.start_soon(partial(trio.serve_listeners, self._serve_link, list(links)))
             nursery.start_soon(self._feed_watchdog)
-            for vm in self._vms.values():
-                vm.start()
+            left = estates(self._vms)
+            for name, vm in self._vms.items():
+                vm.start(left.get(name))
             systemd.notify("READY=1", f"STATUS={self._status()}")
             _logger.info("curlingd %s on %s: %s", __version__, config.host_name, self._status())
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -105,9 +119,7 @@ class Daemon:
         try:
             return await trio.open_tcp_listeners(address.port, host=address.host)
         except OSError as error:
-            raise ConfigError(
-                "curlingd.toml", f"cannot listen on {address}: {error.strerror or error}", "listen"
-            ) from None
+            raise CannotListen(str(address), _why(error)) from None
 
     async def _serve_link(self, stream: trio.SocketStream) -> None:
         """One connection of another daemon."""
@@ -120,6 +132,9 @@ class Daemon:
             self._strangers += 1
             try:
                 vm, hello = await self._introduced(stream.socket, link)
+                if hello.header.kind is Kind.PROBE:
+                    await answer(link, vm.record, hello)
+                    return
             finally:
                 self._strangers -= 1
             await vm.follow(link, hello)
@@ -147,7 +162,7 @@ class Daemon:
             check_secure(sock, self._config.daemon.insecure)
             with trio.move_on_after(GREETING_TIMEOUT):
                 hello = await link.receive()
-            if hello is None or hello.header.kind is not Kind.HELLO:
+            if hello is None or hello.header.kind not in (Kind.HELLO, Kind.PROBE):
                 raise FrameError("the peer did not greet")
             if hello.header.generation > _MAX_GENERATION:
                 raise FrameError(f"generation {hello.header.generation}, which nobody reaches by takeovers")
@@ -185,6 +200,12 @@ def _nothing() -> None:
     """What a thread does to show that threads can be had."""
 
 
+def _why(error: OSError) -> str:
+    """The problem without the address, which Trio's own words repeat."""
+    known = error.errno is not None and error.errno > 0
+    return os.strerror(error.errno) if known and error.errno is not None else error.strerror or str(error)
+
+
 def _make(directory: str) -> None:
     try:
         Path(directory).mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -200,6 +221,15 @@ def _group_exists(name: str) -> bool:
     return True
 
 
+def _say_why_not(words: Sentence, handler: logging.Handler) -> None:
+    """Tell whoever started us why there is no daemon."""
+    said = f"{words.text}\n{words.remedy}"
+    if isinstance(handler, journald.JournalHandler):
+        _logger.critical("%s", said, extra={journald.EXTRA: {"MESSAGE_ID": Message.CANNOT_START.value}})
+    else:
+        print(f"curlingd: {said}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program `curlingd`."""
     parser = argparse.ArgumentParser(prog="curlingd", description="Keeps VMs alive when their host dies.")
@@ -207,20 +237,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="log details")
     parser.add_argument("--version", action="version", version=f"curlingd {__version__}")
     options = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=logging.DEBUG if options.verbose else logging.INFO,
-        format="%(levelname)s %(message)s" if "JOURNAL_STREAM" in os.environ else "%(asctime)s %(message)s",
-        stream=sys.stderr,
-    )
+    handler = journald.handler(os.environ)
+    logging.basicConfig(level=logging.DEBUG if options.verbose else logging.INFO, handlers=[handler])
     sys.setswitchinterval(_SWITCH_INTERVAL)
     try:
         config = load(options.config)
         privileges.drop()
         trio.run(Daemon(config).run, strict_exception_groups=True)
     except CurlingError as error:
-        words = sentence(error)
-        print(f"curlingd: {words.text}\n{words.remedy}", file=sys.stderr)
-        # systemd starts us again after anything but this, which only an administrator can mend.
+        _say_why_not(sentence(error), handler)
+        # systemd starts us again after anything but this, which only an administrator can mend. An address we
+        # cannot listen on may be given to the host a moment later, or be free once another program has ended.
         return os.EX_CONFIG if isinstance(error, ConfigError) else 1
     return 0
 

@@ -8,14 +8,14 @@ is alive and its guest may well run: a daemon that died comes back, and finds us
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import socket
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
-from attrs import define
 
 from curling_fd.capture.intake import PIECE
 from curling_fd.capture.probe import Choice
@@ -29,10 +29,7 @@ from curling_fd.errors import (
     LinkError,
     LinkLost,
     NotProtected,
-    PeerUnreachable,
     PrimaryAlive,
-    QmpError,
-    QmpUnreachable,
     RemoteProtocolError,
     StaleGeneration,
     StandbyFailed,
@@ -41,40 +38,26 @@ from curling_fd.errors import (
 from curling_fd.failover.arbiter import FileArbiter
 from curling_fd.failover.states import REPLICA_VALID, RUNS, Event, State, allowed, role
 from curling_fd.link.frames import HEAD_SIZE, Kind
-from curling_fd.link.transport import FrameLink, Received, connect
-from curling_fd.qmp.client import open_qmp
+from curling_fd.link.transport import FrameLink, Received
 from curling_fd.replica.image import Replica
 from curling_fd.sentences import sentence
 from curling_fd.service.backup import BackupSession, Dropped, HandedOver, definition_problem
-from curling_fd.service.handover import quit_qemu
-from curling_fd.service.protector import Protector
+from curling_fd.service.fence import discard_fenced, guest_runs_here
+from curling_fd.service.greeting import answers
+from curling_fd.service.protector import REST_WAIT, Protector
 from curling_fd.service.record import VmRecord, text
-from curling_fd.service.standby import Standby, start_standby
+from curling_fd.service.restart import BackupLeft, Estate, Kept, inherit_replica, leave_replica
+from curling_fd.service.standby import start_standby
 from curling_fd.service.statistics import Counters
 from curling_fd.service.takeover import activate
+from curling_fd.system import systemd
 from curling_fd.vmstate.records import Block
 
 #: Seconds between two looks at a host whose daemon is gone, or two questions to an arbiter.
 _LOOK_AGAIN = 1.0
 
-#: Seconds without an answer after which a host counts as not reachable; a kernel that lives answers at once.
-_REACH_TIMEOUT = 0.3
-
 #: A primary describes its VM within this many seconds of its greeting.
 _DEFINE_TIMEOUT = 30.0
-
-
-@define
-class _Kept:
-    """A replica and its standby, between sessions."""
-
-    standby: Standby
-    replica: Replica
-    paused: bool = False
-
-    def close(self) -> None:
-        self.replica.close()
-        self.standby.close()
 
 
 class Follower:
@@ -83,7 +66,8 @@ class Follower:
     def __init__(self, record: VmRecord, protector: Protector) -> None:
         self._record = record
         self._protector = protector
-        self._kept: _Kept | None = None
+        self._kept: Kept | None = None
+        self._silent = False  # the primary fell silent, and did not hang up
         self._session: BackupSession | None = None
         self._link: FrameLink | None = None
         self._suspicion: trio.CancelScope | None = None
@@ -96,19 +80,54 @@ class Follower:
 
     async def follow(self, link: FrameLink, hello: Received) -> None:
         """Serve a primary that said `hello` on `link` (borrowed) until the session is over."""
-        record = self._record
         try:
             await self._make_way(hello)
-            self._link = link
-            self._done = trio.Event()
-            try:
-                await self._follow(link, hello)
-            finally:
-                self._link = None
-                self._done.set()
+            await self._on(link, self._follow(link, hello))
         except CurlingError as error:
-            await self.refuse(link, error)
-            record.note("refused", f"the primary was refused: {text(error)}")
+            await self._refused(link, error)
+
+    def take_up(self, estate: Estate, left: BackupLeft) -> None:
+        """Go on with what the daemon before us has left, in the background.
+
+        Raises:
+            StandbyFailed: the standby is gone, and the replica with it.
+        """
+        record = self._record
+        try:
+            self._kept = inherit_replica(estate, left)
+            record.counters.inherit(left.totals)
+            link = estate.fds.pop("link", None)
+        finally:
+            estate.close()
+        state = State.SUSPECT if link is None else State.STANDBY
+        record.take_up(state, left.choice, left.ram_bytes, left.paused)
+        if link is None:
+            self._heard = trio.current_time()
+            self._suspected(left.silent)
+        else:
+            sock = trio.socket.from_stdlib_socket(socket.socket(fileno=link))
+            record.host.nursery.start_soon(self._go_on, FrameLink(sock), self._kept)
+
+    async def _go_on(self, link: FrameLink, kept: Kept) -> None:
+        try:
+            await self._on(link, self._serve(link, kept))
+        except CurlingError as error:
+            await self._refused(link, error)
+        finally:
+            link.close()
+
+    async def _on(self, link: FrameLink, work: Coroutine[Any, Any, None]) -> None:
+        self._link = link
+        self._done = trio.Event()
+        try:
+            await work
+        finally:
+            self._link = None
+            self._done.set()
+
+    async def _refused(self, link: FrameLink, error: CurlingError) -> None:
+        await self.refuse(link, error)
+        self._record.note("refused", f"the primary was refused: {text(error)}")
 
     async def refuse(self, link: FrameLink, error: CurlingError) -> None:
         """Tell the primary why not, as far as it still listens."""
@@ -153,33 +172,12 @@ class Follower:
         if running_here:
             await self._protector.yield_to(theirs, str(host))
         if record.state is State.FENCED:
-            await self._discard_fenced()
+            await discard_fenced(record)
         self._suspect_no_more()
-        if allowed(record.state, Event.OFFERED) and await self._guest_runs_here():
+        if allowed(record.state, Event.OFFERED) and await guest_runs_here(record):
             raise HostsDisagree(f"the VM runs on {record.host.name} too, beside its protected copy on {host}")
         if not allowed(record.state, Event.OFFERED):
             raise WrongRole(record.name, "being its backup", role(record.state))
-
-    async def _guest_runs_here(self) -> bool:
-        """Is there a VM on this host that nobody protects?"""
-        if self._record.qmp is None:
-            return False
-        try:
-            async with open_qmp(self._record.qmp) as qmp:
-                return await qmp.status() == "running"
-        except QmpError:
-            return False
-
-    async def _discard_fenced(self) -> None:
-        """End the QEMU of a VM that runs elsewhere by right, before it can become its standby here."""
-        record = self._record
-        if record.qmp is not None:
-            try:
-                async with open_qmp(record.qmp) as qmp:
-                    await quit_qemu(qmp)  # not recovered before: that could start its guest
-            except QmpUnreachable:
-                pass  # it is gone already
-        record.remember(fenced=None, qmp=None)
 
     async def _follow(self, link: FrameLink, hello: Received) -> None:
         record = self._record
@@ -187,12 +185,12 @@ class Follower:
         record.advance(Event.OFFERED, f"by {hello.content.get('host')}")
         record.counters = Counters()
         record.paused = False
-        kept: _Kept | None = None
+        kept: Kept | None = None
         try:
             await link.send(Kind.WELCOME, record.generation, content={"host": record.host.name})
-            kept, generation, max_raw = await self._prepare(link)
-            record.remember(generation=max(generation, record.generation))
-            await link.send(Kind.PREPARED, generation)
+            kept = await self._prepare(link)
+            record.remember(generation=max(kept.generation, record.generation))
+            await link.send(Kind.PREPARED, kept.generation)
             record.advance(Event.PREPARED)
         except BaseException as error:
             if kept is not None:
@@ -202,18 +200,25 @@ class Follower:
                 record.advance(event, text(error) if isinstance(error, CurlingError) else None)
             raise
         self._kept = kept
+        await self._serve(link, kept)
+
+    async def _serve(self, link: FrameLink, kept: Kept) -> None:
+        """Keep the replica up as long as the session lasts."""
+        record = self._record
         daemon = record.host.config
         session = self._session = BackupSession(
             link,
             kept.replica,
             record.counters,
-            generation=generation,
-            max_raw=max_raw,
+            generation=kept.generation,
+            max_raw=kept.max_raw,
             heartbeat_interval=daemon.heartbeat_interval,
             failure_timeout=daemon.failure_timeout,
             rehearse=partial(kept.standby.rehearse, kept.replica),
             standby_failed=lambda: kept.standby.process.wait_failed(),
             committed=lambda: record.advance(Event.COMMITTED),
+            paused=kept.paused,
+            peer_rests=kept.peer_rests,
         )
         try:
             outcome = await session.run()
@@ -235,12 +240,15 @@ class Follower:
             elif isinstance(outcome, HandedOver):
                 kept.paused = outcome.paused
                 await self._take_handed_over(link, outcome)
+            else:
+                kept.paused, kept.peer_rests = session.paused, outcome.peer_rests
+                leave_replica(record, kept, link, silent=False)
         finally:
             kept.paused = kept.paused or session.paused
             self._session = None
 
-    async def _prepare(self, link: FrameLink) -> tuple[_Kept, int, int]:
-        """A standby for the VM the primary describes, its generation, and the largest frame to expect."""
+    async def _prepare(self, link: FrameLink) -> Kept:
+        """A standby for the VM the primary describes."""
         record = self._record
         with trio.move_on_after(_DEFINE_TIMEOUT) as scope:
             received = await link.receive()
@@ -264,7 +272,7 @@ class Follower:
             memory=memory,
             staging=min(max_raw, record.ram_bytes),
         )
-        return _Kept(standby, Replica(standby.images)), received.header.generation, max_raw
+        return Kept(standby, Replica(standby.images), received.header.generation, max_raw)
 
     async def _check_arbiter(self, token: object) -> None:
         """Both hosts must ask the same arbiter."""
@@ -292,7 +300,12 @@ class Follower:
         record.advance(Event.LINK_LOST, text(error))
         if record.state is not State.SUSPECT:
             self._drop()
-        elif isinstance(error, LinkClosed):
+        else:
+            self._suspected(not isinstance(error, LinkClosed))
+
+    def _suspected(self, silent: bool) -> None:
+        record, self._silent = self._record, silent
+        if not silent:
             # Nobody there may be left to obey the arbiter, and the guest runs on: only silence leads to it.
             record.reason = "the primary's daemon is gone, not its host: a takeover needs an operator"
             record.note("waiting", record.reason)
@@ -305,7 +318,7 @@ class Follower:
         record = self._record
         with scope:
             while record.state is State.SUSPECT:
-                if await self._host_answers():
+                if await answers(record.config.peer):
                     reason = "the primary's host is alive though its daemon is gone: not taking over"
                     if record.reason != reason:
                         record.reason = reason
@@ -335,20 +348,6 @@ class Follower:
         """Milliseconds since the primary was heard last."""
         return round((trio.current_time() - self._heard) * 1000, 1)
 
-    async def _host_answers(self) -> bool:
-        """Does anything at the primary's address answer, be it with a refusal?"""
-        peer = self._record.config.peer
-        if peer is None:
-            return False
-        with trio.move_on_after(_REACH_TIMEOUT):
-            try:
-                sock = await connect((peer.host, peer.port))
-            except PeerUnreachable as error:
-                return "refused" in error.problem.lower()
-            sock.close()
-            return True
-        return False
-
     # Taking over.
 
     async def failover(self, force: bool) -> None:
@@ -367,7 +366,7 @@ class Follower:
         session, link = self._session, self._link
         if link is not None:
             self._heard = link.statistics.heard
-        if not force and (session is not None or await self._host_answers()):
+        if not force and (session is not None or await answers(record.config.peer)):
             raise PrimaryAlive(record.name, self._silent_ms())
         with trio.CancelScope(shield=True), self._alone():
             self._suspect_no_more()
@@ -470,11 +469,20 @@ class Follower:
             self._kept = None
 
     async def stop(self) -> None:
-        """The daemon ends: so does what follows a primary; a VM that runs here runs on."""
-        if self._session is not None:
-            self._session.interrupt("the daemon on the backup stops")
-            await self._done.wait()
+        """The daemon ends: leave the replica to the next, or drop it; a VM that runs here runs on."""
+        record, session = self._record, self._session
+        keeps = systemd.manager().keeps
+        if session is not None:
+            if keeps and session.can_rest and record.state is State.STANDBY:
+                with trio.move_on_after(REST_WAIT), suppress(LinkError):
+                    await session.restart()
+                    await self._done.wait()
+            if self._session is not None:
+                session.interrupt("the daemon on the backup stops")
+                await self._done.wait()
         self._suspect_no_more()
         while self._claiming:  # a takeover is finished: nobody else may run the VM now
-            await self._record.changed.park()
+            await record.changed.park()
+        if keeps and record.state is State.SUSPECT and self._kept is not None:
+            leave_replica(record, self._kept, None, silent=self._silent)
         self._drop()

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import trio
 
 from curling_fd import __version__
 from curling_fd.capture.probe import Choice
-from curling_fd.errors import FrameError, InsecurePeer, LinkLost, PeerIncompatible
+from curling_fd.errors import FrameError, InsecurePeer, LinkLost, PeerUnreachable
 from curling_fd.link.frames import PROTOCOL, Kind
 from curling_fd.link.transport import FrameLink, Received, connect
 from curling_fd.service.config import Address
 from curling_fd.service.examine import Examined
-from curling_fd.service.primary import refusal
+from curling_fd.service.farewell import raise_refusal
 
 #: Seconds the peer may take to answer a greeting.
 GREETING_TIMEOUT = 5.0
+
+#: Seconds without an answer after which a host counts as not reachable; a kernel that lives answers at once.
+_REACH_TIMEOUT = 0.3
+
+#: Seconds the peer may take to find out how it is: its QEMU and its arbiter have half of that each.
+PROBE_TIMEOUT = 12.0
 
 #: Seconds the backup may take to start a standby QEMU and see it answer.
 PREPARE_TIMEOUT = 30.0
@@ -51,6 +58,20 @@ async def dial(address: Address, insecure: bool) -> FrameLink:
         raise
 
 
+async def answers(address: Address | None) -> bool:
+    """Does anything at `address` answer, be it with a refusal?"""
+    if address is None:
+        return False
+    with trio.move_on_after(_REACH_TIMEOUT):
+        try:
+            sock = await connect((address.host, address.port))
+        except PeerUnreachable as error:
+            return "refused" in error.problem.lower()
+        sock.close()
+        return True
+    return False
+
+
 async def greet(link: FrameLink, host: str, vm: str, generation: int) -> int:
     """Say hello; returns the highest generation of the VM the peer knows of.
 
@@ -63,6 +84,18 @@ async def greet(link: FrameLink, host: str, vm: str, generation: int) -> int:
     await link.send(Kind.HELLO, generation, content=content)
     answer = await _answer(link, Kind.WELCOME, GREETING_TIMEOUT, generation)
     return answer.header.generation
+
+
+async def probe(link: FrameLink, host: str, vm: str, question: Mapping[str, Any]) -> Received:
+    """Ask the peer how it is, for `vm`; nothing begins by it. Returns its FACTS frame, unread.
+
+    Raises:
+        PeerRefused: it does not know the VM.
+        PeerIncompatible, LinkError, FrameError: we cannot talk.
+    """
+    content = {"protocol": PROTOCOL, "software": __version__, "host": host, "vm": vm, **question}
+    await link.send(Kind.PROBE, 0, content=content)
+    return await _answer(link, Kind.FACTS, PROBE_TIMEOUT, 0)
 
 
 async def define(
@@ -101,11 +134,3 @@ async def _answer(link: FrameLink, kind: Kind, timeout: float, generation: int) 
             if received.header.kind is not Kind.HEARTBEAT:
                 raise FrameError(f"a {received.header.kind.name} frame where {kind.name} was due")
     raise LinkLost(f"the peer did not answer within {timeout:g} s")
-
-
-def raise_refusal(received: Received, generation: int) -> None:
-    """Raise what a REFUSE frame says."""
-    content = received.content
-    if content.get("kind") == "PeerIncompatible" and isinstance(content.get("protocol"), int):
-        raise PeerIncompatible(ours=PROTOCOL, theirs=content["protocol"])
-    raise refusal(received, generation)

@@ -12,6 +12,9 @@ from typing import Any
 import trio
 from attrs import frozen
 
+from curling_fd.journald.messages import journal_fields
+from curling_fd.journald.sender import EXTRA
+
 _logger = logging.getLogger("curling")
 
 #: Events kept for `events --since`; each is some hundred bytes.
@@ -31,7 +34,7 @@ class JournalEvent:
 
 
 class Journal:
-    """All events of one daemon, the newest `KEPT` of them. Also sent to Python's logging."""
+    """All events of one daemon, the newest `KEPT` of them; they go to Python's logging too."""
 
     def __init__(self) -> None:
         self._events: deque[JournalEvent] = deque(maxlen=KEPT)
@@ -43,7 +46,8 @@ class Journal:
         entry = JournalEvent(next(self._numbers), time.time(), vm, event, message, fields)
         self._events.append(entry)
         self._news.unpark_all()
-        _logger.log(level, "%s: %s: %s", vm or "curlingd", event, message)
+        extra = {EXTRA: journal_fields(vm, event, fields)}
+        _logger.log(level, "%s: %s: %s", vm or "curlingd", event, message, extra=extra)
 
     async def follow(self, since: int | None = None) -> AsyncIterator[JournalEvent]:
         """Every event after number `since` (None: from now on), then each new one as it comes."""

@@ -3,6 +3,10 @@
 Tasks of a session: `_capture_all` takes checkpoints, `_ship_all` sends them, `_receive` takes the answers,
 two tasks keep and watch the link's pulse, `_watch` follows QEMU's events. The first to fail ends the
 session; leaving the engine's block then lets the guest run on (I5).
+
+A session can rest while one of the two daemons is restarted: nothing is under way with QEMU or on the
+link, and the guest runs on. Ours asks the backup for it and ends with `Finish.RESTART`, for the next daemon
+to go on; the backup's asks us, and we go on when it is heard again.
 """
 
 from __future__ import annotations
@@ -10,14 +14,12 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
+from enum import Enum
 
 import trio
-from attrs import frozen
 
 from curling_fd.capture.engine import Engine
-from curling_fd.capture.intake import PIECE
 from curling_fd.capture.reader import Captured
 from curling_fd.errors import (
     CheckpointTimeout,
@@ -26,26 +28,24 @@ from curling_fd.errors import (
     GuestEnded,
     LinkError,
     LinkLost,
-    PeerRefused,
     QemuDied,
     QmpError,
     StaleGeneration,
     Unprotected,
 )
 from curling_fd.link.frames import CheckpointHead, Header, Kind
-from curling_fd.link.pulse import keep_pulse, watch_pulse
-from curling_fd.link.transport import FrameLink, Received
+from curling_fd.link.pulse import REST_LIMIT, Pulse, rest_seconds
+from curling_fd.link.transport import FrameLink
 from curling_fd.output.hold import OutputHold
 from curling_fd.qmp.client import EventStream, QmpClient
 from curling_fd.qmp.protocol import Event
-from curling_fd.service.pace import Pace
+from curling_fd.service.farewell import refusal
+from curling_fd.service.options import Callbacks, SessionOptions
+from curling_fd.service.pass_shipper import PassShipper
 from curling_fd.service.statistics import Counters
 from curling_fd.service.stops import StopWatcher, Window
 from curling_fd.system.buffers import Buffer, BufferPool, PoolStatistics
 from curling_fd.system.nursery import open_nursery
-
-#: Pieces of a first pass on their way at once.
-_PASS_BUFFERS = 4
 
 #: Seconds after the capture broke off within which QEMU's own end explains it.
 _QEMU_LAST_WORDS = 1.0
@@ -57,78 +57,23 @@ _START_LIMIT = 10.0
 HANDOVER_TIMEOUT = 15.0
 
 
-@frozen
-class SessionOptions:
-    """Settings of one session; times in seconds, sizes in bytes."""
+class Finish(Enum):
+    """Why a session is over without a failure."""
 
-    generation: int
-    pace: Pace
-    buffers: int
-    max_checkpoint: int
-    heartbeat_interval: float
-    failure_timeout: float
-
-
-@frozen
-class Callbacks:
-    """What the session's owner wants to know as it happens.
-
-    Attributes:
-        progress: bytes of the first pass sent so far.
-        committed: the backup holds a first whole checkpoint: the VM is protected.
-        paused: the operator paused (True) or resumed (False) the guest.
-    """
-
-    progress: Callable[[int], None]
-    committed: Callable[[], None]
-    paused: Callable[[bool], None]
-
-
-class PassShipper:
-    """Sends the pieces of a first pass; at most `_PASS_BUFFERS` are on their way (I6)."""
-
-    def __init__(self, link: FrameLink, generation: int, progress: Callable[[int], None]) -> None:
-        self._link = link
-        self._generation = generation
-        self._progress = progress
-        self._pool = BufferPool("curling-pass", _PASS_BUFFERS, PIECE)
-        self._flights: deque[tuple[int, Buffer]] = deque()
-        self._sequence = 0
-        self._bytes = 0
-
-    async def acquire(self) -> Buffer:
-        return await self._pool.acquire()
-
-    def give_back(self, buffer: Buffer) -> None:
-        self._pool.release(buffer)
-
-    async def ship(self, buffer: Buffer, length: int, pages: int) -> None:
-        self._sequence += 1
-        self._flights.append((self._sequence, buffer))
-        header = Header(Kind.BULK, self._generation, self._sequence, length)
-        await self._link.send_raw(header, b"", buffer, length)
-        self._bytes += length
-        self._progress(self._bytes)
-
-    def acknowledged(self, sequence: int) -> None:
-        """The backup has taken piece `sequence`.
-
-        Raises:
-            FrameError: that is not the oldest piece on its way.
-        """
-        if not self._flights or self._flights[0][0] != sequence:
-            raise FrameError(f"an acknowledgement of piece {sequence}, which was not due")
-        self._pool.release(self._flights.popleft()[1])
-
-    def close(self) -> None:
-        """Free all buffers; what is still on its way does not count any more."""
-        self._pool.close()
-        while self._flights:
-            self._flights.popleft()[1].close()
+    SWITCH = "the last checkpoint of a switch is committed, and the guest stopped"
+    RESTART = "the next daemon can go on with it"
 
 
 class PrimarySession:
-    """Protects one VM over one link. Borrows monitor, event stream, engine and link."""
+    """Protects one VM over one link. Borrows monitor, event stream, engine and link.
+
+    Args:
+        inherited: sequence of the checkpoint with which the daemon before us has left the session; 0 if
+            this is a new one, which begins with a first pass.
+
+    Attributes:
+        peer_rests: the backup's daemon is restarted, too.
+    """
 
     def __init__(
         self,
@@ -140,6 +85,7 @@ class PrimarySession:
         counters: Counters,
         options: SessionOptions,
         callbacks: Callbacks,
+        inherited: int = 0,
     ) -> None:
         self.stops = StopWatcher(counters)
         self._qmp = qmp
@@ -153,11 +99,15 @@ class PrimarySession:
         self._pass = PassShipper(link, options.generation, callbacks.progress)
         self._pool = BufferPool("curling-capture", options.buffers, options.max_checkpoint)
         self._flights: deque[tuple[int, Captured]] = deque()
-        self._sequence = 0
-        self._committed = 0
+        self._pulse = Pulse(link, options.generation, options.heartbeat_interval, options.failure_timeout)
+        self.peer_rests = False
+        self._rest_asked = False
+        self._sequence = self._committed = inherited
         self._capturing = trio.Lock()
         self._stirred = trio.Event()  # replaced at each stir: something the capture waits for changed
         self._switching = False
+        self._restarting = False
+        self._at_rest = trio.Event()  # the backup is silent until we, or the next daemon, say something
         self._notes, self._notes_due = trio.open_memory_channel[bool](math.inf)
         self._capture_began: float | None = None
         self._end = trio.Event()
@@ -167,8 +117,8 @@ class PrimarySession:
     def pool_statistics(self) -> PoolStatistics:
         return self._pool.statistics()
 
-    async def run(self) -> None:
-        """Protect the VM. Returns when the last checkpoint of a `switch` is committed, the guest stopped.
+    async def run(self) -> Finish:
+        """Protect the VM, until `switch` or `restart` is carried out.
 
         Raises:
             SessionEnd: what became of the VM, or that the operator ended it.
@@ -176,22 +126,21 @@ class PrimarySession:
         """
         try:
             async with open_nursery() as nursery:
-                nursery.start_soon(self._receive)
-                nursery.start_soon(keep_pulse, self._link, self._generation, self._options.heartbeat_interval)
-                nursery.start_soon(watch_pulse, self._link, self._options.failure_timeout)
+                nursery.start_soon(self._receive, nursery)
+                nursery.start_soon(self._pulse.keep)
+                nursery.start_soon(self._pulse.watch)
                 nursery.start_soon(self._watch)
                 nursery.start_soon(self._notice_end)
                 nursery.start_soon(self._send_notes, self._notes_due)
-                started = trio.current_time()
-                whole = Window.PRECOPY if self._window is Window.LOOP else self._window
-                self.stops.window_opens(whole, _now_us(), counting=False)
-                await self._engine.first_pass(self._pass)
-                await self._guest_started()
-                self._counters.first_pass_ms = (trio.current_time() - started) * 1000
+                if self._sequence:
+                    self._notes.send_nowait(self.stops.paused)
+                else:
+                    await self._first_pass()
                 send, receive = trio.open_memory_channel[tuple[int, Captured]](0)
                 nursery.start_soon(self._ship_all, receive)
-                await self._capture_all(send)
+                finish = await self._capture_all(send)
                 nursery.cancel_scope.cancel()
+            return finish
         except (EngineFailed, QmpError) as error:
             await self._explain(error)
             raise
@@ -209,6 +158,20 @@ class PrimarySession:
         """Make the next checkpoint the last: the guest stays stopped after it."""
         self._switching = True
         self._stir()
+
+    def expect_peer(self) -> None:
+        """The backup's daemon was restarted at the same time as ours: give it its time."""
+        self._pulse.expect(REST_LIMIT)
+
+    def restart(self) -> None:
+        """Leave the session to the next daemon; `run` returns when all is at rest."""
+        self._restarting = True
+        self._stir()
+
+    @property
+    def committed(self) -> int:
+        """Sequence of the newest checkpoint that is committed."""
+        return self._committed
 
     def end(self, why: str) -> None:
         """End the session, a checkpoint that is being taken being finished; `run` raises Unprotected."""
@@ -255,18 +218,30 @@ class PrimarySession:
         self._stirred.set()
         self._stirred = trio.Event()
 
-    async def _capture_all(self, channel: trio.MemorySendChannel[tuple[int, Captured]]) -> None:
+    async def _first_pass(self) -> None:
+        started = trio.current_time()
+        whole = Window.PRECOPY if self._window is Window.LOOP else self._window
+        self.stops.window_opens(whole, _now_us(), counting=False)
+        await self._engine.first_pass(self._pass)
+        await self._guest_started()
+        self._counters.first_pass_ms = (trio.current_time() - started) * 1000
+
+    async def _capture_all(self, channel: trio.MemorySendChannel[tuple[int, Captured]]) -> Finish:
         boundary = trio.current_time() - self._options.pace.longest
         while True:
             await self._engine.ready()
             captured: Captured | None = None
             while captured is None:
                 await self._until_due(boundary)
+                if self._restarting:
+                    await self._come_to_rest()
+                    return Finish.RESTART
                 buffer = await self._pool.acquire()
                 try:
                     async with self._capturing:
                         last = self._switching
-                        if last or not self.stops.paused:  # else paused while we waited
+                        # Else paused, or asked for a rest, while we waited.
+                        if last or not (self.stops.paused or self._pulse.resting):
                             boundary = trio.current_time()
                             captured = await self._capture(buffer, resume=not last)
                 finally:
@@ -276,9 +251,32 @@ class PrimarySession:
             self._flights.append((self._sequence, captured))
             await channel.send((self._sequence, captured))
             if last:
-                while self._flights:
-                    await self._stirred.wait()
-                return
+                await self._landed()
+                return Finish.SWITCH
+
+    async def _landed(self) -> None:
+        """Wait until every checkpoint that was sent is committed."""
+        while self._flights:
+            await self._stirred.wait()
+
+    async def _come_to_rest(self) -> None:
+        """Have nothing under way: no checkpoint, no operator's order, and no frame in either direction."""
+        await self._capturing.acquire()
+        await self._landed()
+        self.peer_rests |= self._pulse.resting  # it answers when it is back
+        await self._pulse.rest(REST_LIMIT)
+        self._rest_asked = True
+        await self._link.send(Kind.REST, self._generation, content={"seconds": REST_LIMIT})
+        if not self.peer_rests:
+            await self._at_rest.wait()
+
+    async def _let_rest(self, seconds: float) -> None:
+        """The backup's daemon is restarted: be silent until it is heard again. The guest runs on."""
+        await self._pulse.rest(seconds)
+        async with self._capturing:
+            pass  # one that is being taken is shipped as well
+        await self._landed()
+        await self._link.send(Kind.RESTING, self._generation)
 
     async def _capture(self, buffer: Buffer, *, resume: bool) -> Captured:
         """Take the next checkpoint; the guest runs again when this returns, unless `resume` is False."""
@@ -340,11 +338,15 @@ class PrimarySession:
     async def _send_notes(self, notes: trio.MemoryReceiveChannel[bool]) -> None:
         """Tell the backup of pauses. In a task of its own: a long frame may be in the way."""
         async for paused in notes:
-            await self._link.send(Kind.NOTE, self._generation, content={"paused": paused})
+            if not self._restarting:  # else the next daemon tells it
+                await self._link.send(Kind.NOTE, self._generation, content={"paused": paused})
 
     async def _until_due(self, boundary: float) -> None:
         """Wait until a checkpoint is due, the guest not being paused; or a switch is wanted."""
-        while not self._switching:
+        while not self._restarting and (not self._switching or self._pulse.resting):
+            if self._pulse.resting:
+                await self._stirred.wait()
+                continue
             if self.stops.paused:
                 stirred = self._stirred
                 await self._keep_paused()
@@ -367,10 +369,13 @@ class PrimarySession:
             length = captured.ram + captured.device
             await self._link.send_raw(header, head.encode(), captured.buffer, length)
 
-    async def _receive(self) -> None:
+    async def _receive(self, nursery: trio.Nursery) -> None:
         while True:
             received = await self._link.receive()
             header = received.header
+            if self._pulse.resting and header.kind is not Kind.ACK and not self._restarting:
+                self._pulse.wake()
+                self._stir()
             if header.generation != self._generation and header.kind is not Kind.REFUSE:
                 raise FrameError(f"a {header.kind.name} frame of generation {header.generation}")
             match header.kind:
@@ -380,6 +385,18 @@ class PrimarySession:
                     self._pass.acknowledged(header.sequence)
                 case Kind.ACK:
                     self._acknowledged(header.sequence)
+                case Kind.REST:
+                    if self._restarting:  # nobody waits for the other
+                        self.peer_rests = True
+                        self._at_rest.set()
+                        if self._rest_asked:
+                            return
+                    else:
+                        nursery.start_soon(self._let_rest, rest_seconds(received))
+                case Kind.RESTING:
+                    self._at_rest.set()
+                    if self._restarting:
+                        return  # the next frame is for the next daemon
                 case Kind.REFUSE:
                     error = refusal(received, self._generation)
                     if isinstance(error, StaleGeneration):
@@ -410,6 +427,7 @@ class PrimarySession:
         ended = how_it_ended(event)
         if ended is not None:
             self._guest_end = ended
+            self._callbacks.ended()
             raise GuestEnded(ended)
         run_state = await self._qmp.status() if self.stops.must_look(event) else None
         changed = self.stops.feed(event, run_state)
@@ -444,15 +462,3 @@ def how_it_ended(event: Event) -> str | None:
 
 def _now_us() -> int:
     return time.time_ns() // 1000
-
-
-def refusal(received: Received, generation: int) -> LinkError:
-    """The error in a REFUSE frame that came when we were at `generation`."""
-    content = received.content
-    if content.get("kind") == "StaleGeneration" and received.header.generation > generation:
-        return StaleGeneration(ours=generation, theirs=received.header.generation)
-    return PeerRefused(
-        str(content.get("kind", "")),
-        str(content.get("text", "no reason given")),
-        str(content.get("remedy", "")),
-    )

@@ -7,14 +7,17 @@ session decides what follows; the table in `failover.states` says which state th
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import trio
 
 from curling_fd.capture.choice import open_engine
-from curling_fd.capture.engine import EngineOptions
-from curling_fd.capture.recover import recover, stand_still
+from curling_fd.capture.engine import EngineOptions, Inherited, PassLimit
+from curling_fd.capture.probe import Choice
+from curling_fd.capture.recover import recover, standing_still
 from curling_fd.errors import (
     AlreadyProtected,
     ArbiterLost,
@@ -24,14 +27,12 @@ from curling_fd.errors import (
     ColoError,
     ConfigError,
     CurlingError,
-    EngineFailed,
     FrameError,
     GuestEnded,
     LinkError,
     NotProtected,
     PeerRefused,
     QemuDied,
-    QmpError,
     QmpUnreachable,
     StaleGeneration,
     StreamError,
@@ -40,22 +41,30 @@ from curling_fd.errors import (
 )
 from curling_fd.failover.arbiter import FileArbiter
 from curling_fd.failover.states import Event, State, allowed, role
-from curling_fd.link.frames import Kind
 from curling_fd.link.transport import FrameLink
 from curling_fd.output.hold import NoHold
-from curling_fd.qmp.client import EventStream, QmpClient, open_qmp
+from curling_fd.qmp.client import EventStream, QmpClient, inherit_qmp, open_qmp
 from curling_fd.service.examine import Examined, examine
+from curling_fd.service.farewell import ours, say_end, withdraw
+from curling_fd.service.fence import stop_here
 from curling_fd.service.greeting import define, dial, greet
-from curling_fd.service.handover import Handover, quit_qemu
-from curling_fd.service.pace import Pace
-from curling_fd.service.primary import Callbacks, PrimarySession, SessionOptions
+from curling_fd.service.handover import Handover
+from curling_fd.service.options import Callbacks, SessionOptions
+from curling_fd.service.primary import Finish, PrimarySession
+from curling_fd.service.progress import PassMeter
 from curling_fd.service.record import VmRecord, text
+from curling_fd.service.restart import Estate, PrimaryLeft, leave_session
 from curling_fd.service.statistics import Counters
+from curling_fd.system import systemd
+from curling_fd.units import format_size
 
 _logger = logging.getLogger("curling")
 
 #: Seconds between attempts: from the first to the last of these.
 _RETRY = (0.5, 10.0)
+
+#: Seconds for a session to come to rest before a restart: for what is on its way to be acknowledged.
+REST_WAIT = 5.0
 
 #: Seconds between two questions to an arbiter, or a peer, that did not answer.
 _ASK_AGAIN = 1.0
@@ -90,6 +99,7 @@ class Protector:
         self._by_order = False
         self._attempted = False
         self._sure = False  # no backup of an earlier session may take the VM over
+        self._meter: PassMeter | None = None
         self._handover = Handover(record, self._failed)
 
     @property
@@ -184,8 +194,22 @@ class Protector:
             await qmp.execute(command)
         self._paused(paused)
 
+    def take_up(self, estate: Estate, left: PrimaryLeft) -> None:
+        """Go on with what the daemon before us has left, in the background."""
+        record = self._record
+        record.take_up(State.PROTECTED, left.choice, left.ram_bytes, left.paused)
+        self._idle = trio.Event()
+        record.host.nursery.start_soon(self._run, False, (estate, left))
+
     async def stop(self) -> None:
-        """The daemon ends: leave the guest running, and remember that protection is wanted."""
+        """The daemon ends: leave the session to the next, or else leave the guest running and remember that
+        protection is wanted.
+        """
+        if self._session is not None and self._record.state is State.PROTECTED and systemd.manager().keeps:
+            self._session.restart()
+            with trio.move_on_after(REST_WAIT):
+                await self._idle.wait()
+                return
         if self._session is not None:
             self._session.end("the daemon on the primary stops")
         elif self._loop is not None:
@@ -209,16 +233,21 @@ class Protector:
 
     # The loop of attempts.
 
-    async def _run(self, first: bool) -> None:
+    async def _run(self, first: bool, inherited: tuple[Estate, PrimaryLeft] | None = None) -> None:
         record = self._record
         delay = _RETRY[0]
         try:
             with trio.CancelScope() as self._loop:
                 while True:
-                    record.advance(Event.PROTECT)
+                    if inherited is None:
+                        record.advance(Event.PROTECT)
                     committed = record.counters.committed
                     try:
-                        await self._attempt()
+                        if inherited is not None:
+                            taken, inherited = inherited, None
+                            await self._go_on(*taken)
+                        else:
+                            await self._attempt()
                         return
                     except Exception as raised:
                         self._outcome = error = ours(raised)
@@ -319,28 +348,8 @@ class Protector:
         record = self._record
         if allowed(record.state, event):
             record.advance(event, reason, theirs=generation)
-        try:
-            record.remember(fenced=reason, wanted=False)
-        except ConfigError as error:
-            record.note("not-remembered", text(error), level=logging.ERROR)
-        while record.qmp is not None and record.state is State.FENCED:
-            try:
-                async with open_qmp(record.qmp) as qmp:
-                    if self._handover.under_way:
-                        await quit_qemu(qmp)  # recovering would start it first
-                    else:
-                        await recover(qmp)
-                        await qmp.execute("stop")
-            except QmpUnreachable:
-                record.note("gone", f"there is no VM here to be stopped: {reason}")
-                return
-            except (QmpError, CaptureError) as error:
-                record.note("stop-failed", f"the VM may still run here: {text(error)}", level=logging.ERROR)
-                await trio.sleep(_ASK_AGAIN)
-                continue
-            self._handover.under_way = False
-            record.note("stopped", f"the VM was stopped here: {reason}")
-            return
+        await stop_here(record, reason, outright=self._handover.under_way)
+        self._handover.under_way = False
 
     # One attempt.
 
@@ -359,7 +368,22 @@ class Protector:
                 record.ram_bytes = sum(block.size for block in examined.memory)
                 async with self._greeted(examined) as link:
                     record.advance(Event.PREPARED)
-                    await self._session_on(qmp, events, examined, link)
+                    await self._session_on(qmp, events, examined.choice, link)
+
+    async def _go_on(self, estate: Estate, left: PrimaryLeft) -> None:
+        """Go on with the session that the daemon before us has left."""
+        try:
+            link = FrameLink(trio.socket.from_stdlib_socket(socket.socket(fileno=estate.one("link"))))
+            try:
+                async with inherit_qmp(estate.one("qmp"), left.monitor) as qmp:
+                    with qmp.events() as events:
+                        qmp.replay(left.events)
+                        self._record.counters.inherit(left.totals)
+                        await self._session_on(qmp, events, left.choice, link, (estate, left))
+            finally:
+                link.close()
+        finally:
+            estate.close()
 
     @asynccontextmanager
     async def _greeted(self, examined: Examined) -> AsyncIterator[FrameLink]:
@@ -389,13 +413,28 @@ class Protector:
             link.close()
 
     async def _session_on(
-        self, qmp: QmpClient, events: EventStream, examined: Examined, link: FrameLink
+        self,
+        qmp: QmpClient,
+        events: EventStream,
+        choice: Choice,
+        link: FrameLink,
+        inherited: tuple[Estate, PrimaryLeft] | None = None,
     ) -> None:
         record, config = self._record, self._record.config
-        pace = Pace(config.shortest_epoch, config.longest_epoch)
-        engine_options = EngineOptions(max(1, int(config.shortest_epoch * 1000)), STOP_LIMIT)
-        record.counters = Counters(record.counters)
-        async with self._standing_still(qmp), open_engine(qmp, examined.choice, engine_options) as engine:
+        self._meter = PassMeter(record.ram_bytes, config.resync_bandwidth)
+        delay = max(1, int(config.shortest_epoch * 1000))
+        engine_options = EngineOptions(delay, STOP_LIMIT, self._pass_limit())
+        engine_left = None
+        if inherited is not None:
+            estate, left = inherited
+            engine_left = Inherited(left.engine, estate.take())
+        else:
+            record.counters = Counters(record.counters)
+        async with (
+            standing_still(qmp, lambda: record.paused),
+            open_engine(qmp, choice, engine_options, engine_left) as engine,
+        ):
+            heard = trio.Event()
             session = PrimarySession(
                 qmp,
                 events,
@@ -403,15 +442,22 @@ class Protector:
                 link,
                 NoHold(),
                 record.counters,
-                self._options(pace),
-                Callbacks(self._progress, self._committed, self._paused),
+                SessionOptions.of(config, record.host.config, record.generation),
+                Callbacks(self._progress, self._committed, self._paused, partial(withdraw, record, heard)),
+                inherited[1].sequence if inherited else 0,
             )
+            if inherited is not None:
+                session.stops.paused = inherited[1].paused
+                if inherited[1].peer_rests:
+                    session.expect_peer()
             self._session = session
             try:
-                await session.run()
+                if await session.run() is Finish.RESTART:
+                    await leave_session(record, session, engine, qmp, events, link)
+                    return
                 await self._handover.hand_over(session, engine, qmp, "a planned switch")
             except (GuestEnded, Unprotected) as end:
-                await _say_end(link, record.generation, text(end))
+                await say_end(link, record.generation, text(end), heard)
                 raise
             except QemuDied:
                 await self._handover.give_up_dead(session)
@@ -419,38 +465,27 @@ class Protector:
             finally:
                 self._session = None
 
-    @asynccontextmanager
-    async def _standing_still(self, qmp: QmpClient) -> AsyncIterator[None]:
-        """Leave a guest stopped that has ended or was paused, though the end of the checkpoints starts it."""
-        ended = False
-        try:
-            yield
-        except GuestEnded:
-            ended = True
-            raise
-        finally:
-            if ended or self._record.paused:
-                await stand_still(qmp)
+    def _pass_limit(self) -> PassLimit | None:
+        bandwidth = self._record.config.resync_bandwidth
+        return None if bandwidth is None else PassLimit(bandwidth, self._record.ram_bytes, self._raised)
 
-    def _options(self, pace: Pace) -> SessionOptions:
-        config, daemon = self._record.config, self._record.host.config
-        return SessionOptions(
-            generation=self._record.generation,
-            pace=pace,
-            buffers=config.buffers,
-            max_checkpoint=config.max_checkpoint,
-            heartbeat_interval=daemon.heartbeat_interval,
-            failure_timeout=daemon.failure_timeout,
-        )
+    def _raised(self, limit: int) -> None:
+        assert self._meter is not None
+        self._meter.limit = limit
+        what = f"the guest writes faster than the first pass: its limit is {format_size(limit)}/s now"
+        self._record.note("limit-raised", what)
 
     def _progress(self, sent: int) -> None:
-        self._record.progress = ("first pass", sent, max(sent, self._record.ram_bytes))
+        assert self._meter is not None
+        self._record.progress = self._meter.sent(sent)
         self._record.stir()
 
     def _committed(self) -> None:
         self._record.remember(wanted=True)
         if self._record.choice is not None:
             self._unusable.pop(self._record.choice.engine, None)
+        if self._record.state is State.SYNCING and self._meter is not None:
+            self._record.note("first-pass", self._meter.summary())
         if self._record.state is State.SYNCING:
             self._record.advance(Event.COMMITTED)
 
@@ -460,20 +495,3 @@ class Protector:
     def _paused(self, paused: bool) -> None:
         self._record.paused = paused
         self._record.note("paused" if paused else "resumed", "by an operator")
-
-
-def ours(error: Exception) -> CurlingError:
-    """`error`, or one of ours in its place: a bug, or a host out of something, must not end the daemon."""
-    if isinstance(error, CurlingError):
-        return error
-    _logger.error("a session of protection failed unexpectedly", exc_info=error)
-    return EngineFailed("any", f"curlingd hit an error it did not expect ({type(error).__name__})")
-
-
-async def _say_end(link: FrameLink, generation: int, reason: str) -> None:
-    """Tell the backup that the replica is not needed any more."""
-    try:
-        with trio.move_on_after(1.0):
-            await link.send(Kind.END, generation, content={"reason": reason})
-    except CurlingError:
-        pass  # the backup will notice; it has no right to run the VM either way

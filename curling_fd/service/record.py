@@ -15,6 +15,7 @@ from curling_fd.failover.states import Event, State, after, role
 from curling_fd.sentences import sentence
 from curling_fd.service.config import VmConfig
 from curling_fd.service.host import Host
+from curling_fd.service.progress import Progress
 from curling_fd.service.statistics import Counters
 
 #: Events an operator must hear of.
@@ -52,7 +53,7 @@ class VmRecord:
         self.choice: Choice | None = None
         self.ram_bytes = 0
         self.paused = False
-        self.progress: tuple[str, int, int] | None = None
+        self.progress: Progress | None = None
         self.changed = trio.lowlevel.ParkingLot()
         self.arbiter: Arbiter = (
             FileArbiter(config.arbiter_directory, host.name)
@@ -123,16 +124,12 @@ class VmRecord:
         self.progress = None
         message = f"{before} -> {self.state}" + (f": {reason}" if reason else "")
         level = _LOUD.get(event, logging.INFO)
-        self.host.journal.add(
-            self.name,
-            event,
-            message,
-            level=level,
-            state=self.state.value,
-            generation=self.generation,
-            **fields,
-        )
-        self.stir()
+        self.note(event, message, level=level, before=before.value, **fields)
+
+    def take_up(self, state: State, choice: Choice, ram_bytes: int, paused: bool) -> None:
+        """Begin where the daemon before us left the VM."""
+        self.state, self.choice, self.ram_bytes, self.paused = state, choice, ram_bytes, paused
+        self.note("taken-up", f"{state}, as the daemon before left it")
 
     def rest(self, reason: str | None) -> None:
         """Protection is over by an operator's word: back to where it began."""
@@ -141,8 +138,17 @@ class VmRecord:
             self.state = State.ACTIVE
 
     def note(self, event: str, message: str, *, level: int = logging.INFO, **fields: Any) -> None:
-        """Record something that changes no state."""
-        self.host.journal.add(self.name, event, message, level=level, **fields)
+        """Record something, with the state the VM is in."""
+        self.host.journal.add(
+            self.name,
+            event,
+            message,
+            level=level,
+            state=self.state.value,
+            generation=self.generation,
+            peer=str(self.config.peer) if self.config.peer else None,
+            **fields,
+        )
         self.stir()
 
     def stir(self) -> None:
@@ -172,11 +178,7 @@ class VmRecord:
             "arbiter": self.config.arbiter,
             "ram_bytes": self.ram_bytes,
             "paused": self.paused,
-            "progress": (
-                {"phase": progress[0], "done_bytes": progress[1], "total_bytes": progress[2]}
-                if progress
-                else None
-            ),
+            "progress": progress.show() if progress else None,
             "statistics": {name: getattr(statistics, name) for name in type(statistics).__annotations__},
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import trio
@@ -41,12 +41,49 @@ class Standby:
     """
 
     def __init__(
-        self, directory: Path, images: Sequence[tuple[Block, Buffer]], command: Callable[[bool], list[str]]
+        self,
+        directory: Path,
+        images: Sequence[tuple[Block, Buffer]],
+        command: Callable[[bool], list[str]] | None = None,
+        process: StandbyProcess | None = None,
     ) -> None:
         self.images = images
         self._directory = directory
         self._command = command
-        self._process: StandbyProcess | None = None
+        self._process = process
+        self._left = False
+
+    @classmethod
+    def inherit(
+        cls, directory: Path, blocks: Sequence[Block], images: Sequence[int], process: Mapping[str, int]
+    ) -> Standby:
+        """The standby, rehearsed, that another process has left.
+
+        Args:
+            images: memfds of `blocks`; owned from here on, as are the descriptors of `process`.
+
+        Raises:
+            StandbyFailed: it is gone.
+        """
+        buffers = [
+            (block, Buffer(f"curling-ram-{block.name}", block.size, prefault=0, fd=fd))
+            for block, fd in zip(blocks, images, strict=True)
+        ]
+        try:
+            return cls(directory, buffers, process=StandbyProcess.inherit(process))
+        except StandbyFailed:
+            for _, buffer in buffers:
+                buffer.close()
+            raise
+
+    def leave(self) -> tuple[list[int], dict[str, int]]:
+        """Let `close` leave it waiting; what `inherit` needs, borrowed until then."""
+        self._left = True
+        return [buffer.fd for _, buffer in self.images], self.process.leave()
+
+    @property
+    def directory(self) -> Path:
+        return self._directory
 
     @property
     def qmp_path(self) -> Path:
@@ -66,6 +103,7 @@ class Standby:
         Raises:
             StandbyFailed: it did not start; with what it printed.
         """
+        assert self._command is not None, "it was inherited"
         if self._process is not None:
             self._process.close()
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -90,13 +128,13 @@ class Standby:
         self.process.release()
 
     def close(self) -> None:
-        """End the process, unless it was released, and free what is ours."""
-        released = self._process is not None and self._process.released
+        """End the process, unless it was released or left, and free what is ours."""
+        lives_on = self._left or (self._process is not None and self._process.released)
         if self._process is not None:
             self._process.close()
         for _, buffer in self.images:
             buffer.close()
-        if not released:
+        if not lives_on:
             shutil.rmtree(self._directory, ignore_errors=True)
 
 
@@ -122,8 +160,8 @@ async def start_standby(
     Raises:
         PrecheckFailed: why there can be no standby here.
     """
-    binary = config.standby.qemu or _program(argv[0])
-    _check_memory(sum(block.size for block in memory) + STAGING * staging + _QEMU_ITSELF)
+    binary = config.standby.qemu or find_program(argv[0])
+    _check_memory(memory_needed(sum(block.size for block in memory), staging))
     await trio.to_thread.run_sync(_check_machine, binary, machine)
     images: list[tuple[Block, Buffer]] = []
     standby: Standby | None = None
@@ -156,7 +194,7 @@ async def start_standby(
         raise
 
 
-def _program(named: str) -> str:
+def find_program(named: str) -> str:
     """The QEMU here that the primary names: its path if there is a QEMU at it, else one of that name.
 
     Raises:
@@ -169,6 +207,11 @@ def _program(named: str) -> str:
     if found is None:
         raise StandbyFailed(f"there is no {named} on this host")
     return found
+
+
+def memory_needed(ram: int, staging: int) -> int:
+    """Bytes that the backup of a guest with `ram` bytes needs, its staging buffers having `staging` each."""
+    return ram + STAGING * staging + _QEMU_ITSELF
 
 
 def _check_memory(needed: int) -> None:

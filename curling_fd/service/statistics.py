@@ -34,6 +34,18 @@ class Statistics:
     failover_ms: float | None
 
 
+@frozen
+class Totals:
+    """What of the counters goes on when the daemon is restarted."""
+
+    checkpoints: int
+    committed: int
+    bytes_total: int
+    first_pass_ms: float
+    detection_ms: float | None
+    failover_ms: float | None
+
+
 class Counters:
     """Collects what `Statistics` shows. Times are trio's clock, in seconds.
 
@@ -53,6 +65,14 @@ class Counters:
         self._stops: deque[float] = deque(maxlen=WINDOW)
         self._pages: deque[int] = deque(maxlen=WINDOW)
         self._bytes: deque[int] = deque(maxlen=WINDOW)
+
+    def totals(self) -> Totals:
+        return Totals(*(getattr(self, name) for name in Totals.__annotations__))
+
+    def inherit(self, totals: Totals) -> None:
+        """Go on from the `totals` of the daemon before us."""
+        for name in Totals.__annotations__:
+            setattr(self, name, getattr(totals, name))
 
     def captured(self, pages: int, size: int) -> None:
         self.checkpoints += 1

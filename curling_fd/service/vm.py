@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+from curling_fd.errors import CurlingError
 from curling_fd.failover.states import State
 from curling_fd.link.transport import FrameLink, Received
 from curling_fd.service.config import VmConfig
 from curling_fd.service.follower import Follower
 from curling_fd.service.host import Host
 from curling_fd.service.protector import Protector
-from curling_fd.service.record import VmRecord
+from curling_fd.service.record import VmRecord, text
+from curling_fd.service.restart import BackupLeft, Estate, PrimaryLeft
 
 
 class Vm:
@@ -34,10 +37,28 @@ class Vm:
         """See `Protector.stuck`: no more life for systemd's watchdog."""
         return self._protector.stuck
 
-    def start(self) -> None:
-        """The daemon starts: take up what was wanted."""
+    def start(self, estate: Estate | None = None) -> None:
+        """The daemon starts: go on with what the one before us has left, or take up what was wanted."""
+        if estate is not None and self._take_up(estate):
+            return
         if self.record.wanted_at_start and self.record.state is not State.FENCED:
             self._protector.start()
+
+    def _take_up(self, estate: Estate) -> bool:
+        record = self.record
+        primary, backup = estate.read(PrimaryLeft), estate.read(BackupLeft)
+        fits = record.state in (State.IDLE, State.ACTIVE)
+        if fits and primary is not None and primary.generation == record.generation and record.wanted:
+            self._protector.take_up(estate, primary)
+            return True
+        if record.state is State.IDLE and backup is not None and backup.generation == record.generation:
+            try:
+                self._follower.take_up(estate, backup)
+                return True
+            except CurlingError as error:
+                record.note("refused", text(error), level=logging.WARNING)
+        estate.close()
+        return False
 
     async def protect(self) -> None:
         await self._protector.protect()

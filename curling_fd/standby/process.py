@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -14,6 +14,8 @@ import trio
 
 from curling_fd.errors import StandbyFailed
 from curling_fd.system.guard import Guard, GuardFailed
+from curling_fd.system.memory import killed_for_memory
+from curling_fd.system.process import UNKNOWN, Inherited, Process
 
 #: Bytes of what QEMU printed that are kept for people.
 STDERR_KEPT = 8192
@@ -26,19 +28,25 @@ _POLL_SECONDS = 0.01
 #: Seconds a killed QEMU is waited for.
 _KILL_SECONDS = 1.0
 
-_released: list[subprocess.Popen[bytes]] = []
-"""VMs that live on without us, but are still our children to reap."""
+_released: list[Process] = []
+"""QEMUs that live on without us, but are still our children to reap."""
 
 
 class StandbyProcess:
-    """A QEMU that waits. Made by `start`; `close` or `release` ends our hold of it."""
+    """A QEMU that waits. Made by `start` or `inherit`; `close` or `release` ends our hold of it.
 
-    def __init__(self, process: subprocess.Popen[bytes], stderr: int) -> None:
+    Args:
+        stderr: our end of the pipe it prints to; owned, like `pidfd`.
+    """
+
+    def __init__(self, process: Process, stderr: int, pidfd: int, guard: Guard | None = None) -> None:
         self._process = process
         self._stderr = stderr
         self._tail = b""
-        self._pidfd = os.pidfd_open(process.pid)
-        self._guard: Guard | None = None
+        self._pidfd = pidfd
+        self._guard = guard
+        self._left = False
+        self._killed_before = killed_for_memory()
         self.released = False
 
     @classmethod
@@ -68,7 +76,7 @@ class StandbyProcess:
             raise StandbyFailed(f"{argv[0]} cannot be started: {error.strerror}") from None
         finally:
             os.close(writer)
-        standby = cls(process, stderr)
+        standby = cls(process, stderr, os.pidfd_open(process.pid))
         try:
             await standby._guarded()
             with trio.move_on_after(START_TIMEOUT):
@@ -81,6 +89,31 @@ class StandbyProcess:
         except BaseException:
             standby.close()
             raise
+
+    @classmethod
+    def inherit(cls, fds: Mapping[str, int]) -> Self:
+        """The QEMU that another process has left.
+
+        Args:
+            fds: what `leave` returned there; owned from here on.
+
+        Raises:
+            StandbyFailed: its guard is gone, which ends it.
+        """
+        try:
+            guard = Guard.inherit(fds["control"], fds["page"], 0)
+        except GuardFailed as error:
+            os.close(fds["pidfd"])
+            os.close(fds["stderr"])
+            raise StandbyFailed(f"the guard of the waiting QEMU: {error}") from None
+        return cls(Inherited(os.dup(fds["pidfd"])), fds["stderr"], fds["pidfd"], guard)
+
+    def leave(self) -> dict[str, int]:
+        """Let `close` leave it waiting; the descriptors that `inherit` needs, borrowed until then."""
+        assert self._guard is not None
+        self._guard.leave()
+        self._left = True
+        return {**self._guard.fds, "pidfd": self._pidfd, "stderr": self._stderr}
 
     async def _guarded(self) -> None:
         _be_an_ordinary_victim(self._process.pid)
@@ -119,21 +152,23 @@ class StandbyProcess:
             self._guard.retire()
 
     def close(self) -> None:
-        """End the process, unless it was released, and give up our hold of it. Idempotent."""
+        """End the process, unless it was released or left, and give up our hold of it. Idempotent."""
         if self._pidfd < 0:
             return
-        if self.released:
-            _released.append(self._process)
-        else:
+        if not self._left and not self.released:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                # One that hangs in the kernel must not make us hang.
                 self._process.wait(_KILL_SECONDS)
-            except subprocess.TimeoutExpired:  # it hangs in the kernel, which must not make us hang
-                _released.append(self._process)
-            if self._guard is not None:
-                self._guard.retire()
-        self._read_stderr()
+        if self._guard is not None:
+            self._guard.retire()
+        if isinstance(self._process, Inherited):
+            self._process.close()
+        elif self._process.poll() is None:
+            _released.append(self._process)
+        if not self._left:
+            self._read_stderr()
         pidfd, self._pidfd = self._pidfd, -1
         stderr, self._stderr = self._stderr, -1
         os.close(pidfd)
@@ -157,7 +192,12 @@ class StandbyProcess:
 
     def _ended(self) -> StandbyFailed:
         status = self._process.wait()
-        how = f"it exited with status {status}" if status >= 0 else f"signal {-status} ended it"
+        if killed_for_memory() > self._killed_before:
+            how = "the kernel killed it, because curlingd's control group or this host is out of memory"
+        elif status == UNKNOWN:
+            how = "it ended"
+        else:
+            how = f"it exited with status {status}" if status >= 0 else f"signal {-status} ended it"
         return StandbyFailed(how, self.stderr_tail())
 
 

@@ -33,13 +33,17 @@ class Buffer:
     """A memfd of `capacity` bytes (allocated as they are touched) and its mapping, `view`.
 
     The fd and the mapping belong to this object until `close`.
+
+    Args:
+        fd: a memfd of that size to take over, in place of a new one.
     """
 
-    def __init__(self, name: str, capacity: int, prefault: int = PREFAULT) -> None:
+    def __init__(self, name: str, capacity: int, prefault: int = PREFAULT, *, fd: int | None = None) -> None:
         self.capacity = capacity
-        self.fd = os.memfd_create(name[:_LONGEST_NAME], os.MFD_CLOEXEC)
+        self.fd = os.memfd_create(name[:_LONGEST_NAME], os.MFD_CLOEXEC) if fd is None else fd
         try:
-            os.ftruncate(self.fd, capacity)
+            if fd is None:
+                os.ftruncate(self.fd, capacity)
             self._map = mmap.mmap(self.fd, capacity)
         except BaseException:
             os.close(self.fd)

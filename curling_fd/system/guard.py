@@ -19,6 +19,9 @@ while the guest stands still. The guard looks at the page once per deadline. Bei
 scheduler alone: whoever arms sets a time one deadline ahead, so a guard that slept one deadline cannot have
 missed it.
 
+A guard outlives a restart of the daemon whose sockets systemd keeps: with the daemon's end of its control
+socket kept as well, the daemon is not gone. `left` is what to keep, `inherit` takes it up again.
+
 The guard has its own session and ignores SIGTERM, SIGINT and SIGHUP: what stops the daemon must not stop
 its guard. A unit that runs the daemon needs KillMode=process for the same reason.
 """
@@ -36,7 +39,8 @@ from pathlib import Path
 
 import trio
 
-from curling_fd.system.guard_main import ACTED, DUE, READY
+from curling_fd.system.guard_main import ACTED, DUE, PID, READY
+from curling_fd.system.process import Inherited, Process
 
 MAIN = Path(__file__).with_name("guard_main.py")
 
@@ -50,28 +54,46 @@ START_SECONDS = 10.0
 RETIRE_SECONDS = 1.0
 
 
+_left: list[Process] = []
+"""Guards that live on without us, but are our children as long as we live."""
+
+
 class GuardFailed(OSError):
     """The guard process did not start."""
 
 
 class Guard:
-    """The daemon's handle of one guard, from `start_write` or `start_kill`. Leaving its `with` retires it.
+    """The daemon's handle of one guard: from `start_write`, `start_kill` or `inherit`. Leaving its `with`
+    retires it, unless it was `left`.
 
     `arm`, `disarm` and `acted` may be used from any thread, also after the guard is gone.
+
+    Args:
+        control: our end of the control socket; owned.
+        page: the memfd of the shared page; owned.
+        process: the guard's process.
     """
 
-    def __init__(self, will: list[str | bytes], fd: int, deadline_ms: int) -> None:
+    def __init__(self, control: socket.socket, page: int, process: Process, deadline_ms: int) -> None:
         self._deadline_ns = deadline_ms * 1_000_000
+        self._control = control
+        self._control.setblocking(False)
+        self._page_fd = page
+        self._page: memoryview[int] | list[int] = memoryview(mmap(page, 4096)).cast("Q")
+        self._process = process
+        self._left = False
+
+    @classmethod
+    def _start(cls, will: list[str | bytes], fd: int, deadline_ms: int) -> Guard:
         # Both ends are close-on-exec, so no other child can hold our end open and hide our death.
-        self._control, theirs = socket.socketpair()
-        page_fd = os.memfd_create("curling-guard")
+        control, theirs = socket.socketpair()
+        page = os.memfd_create("curling-guard")
         try:
-            os.ftruncate(page_fd, 4096)
-            self._page: memoryview[int] | list[int] = memoryview(mmap(page_fd, 4096)).cast("Q")
-            numbers = [str(theirs.fileno()), str(page_fd), str(deadline_ms)]
-            self._process = subprocess.Popen(
+            os.ftruncate(page, 4096)
+            numbers = [str(theirs.fileno()), str(page), str(deadline_ms)]
+            process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(MAIN), *numbers, *will],
-                pass_fds=(theirs.fileno(), page_fd, fd),
+                pass_fds=(theirs.fileno(), page, fd),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -79,20 +101,49 @@ class Guard:
                 start_new_session=True,
             )
         except OSError as error:
-            self._control.close()
+            control.close()
+            os.close(page)
             raise GuardFailed(f"the guard process did not start: {error}") from error
         finally:
-            os.close(page_fd)
             theirs.close()
-        self._control.settimeout(START_SECONDS)
+        guard = cls(control, page, process, deadline_ms)
+        control.settimeout(START_SECONDS)
         try:
-            ready = self._control.recv(1)
+            ready = control.recv(1)
         except OSError:
             ready = b""
         if not ready:
-            self.close()
+            guard.close()
             raise GuardFailed("the guard process did not come up")
-        self._control.setblocking(False)
+        control.setblocking(False)
+        return guard
+
+    @classmethod
+    def inherit(cls, control: int, page: int, deadline_ms: int) -> Guard:
+        """Take up the guard that the daemon before us has `left`.
+
+        Args:
+            control, page: the two descriptors, owned from here on.
+            deadline_ms: the one it was started with.
+
+        Raises:
+            GuardFailed: it is not there any more.
+        """
+        sock = socket.socket(fileno=control)
+        try:
+            with mmap(page, 4096) as words:
+                pid = memoryview(words).cast("Q")[PID]
+            pidfd = os.pidfd_open(pid)
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                if not sock.recv(1, socket.MSG_PEEK):
+                    os.close(pidfd)
+                    raise OSError("its end of the control socket is closed")
+        except (OSError, ValueError) as error:
+            sock.close()
+            os.close(page)
+            raise GuardFailed(f"the guard process is gone: {error}") from error
+        return cls(sock, page, Inherited(pidfd), deadline_ms)
 
     @classmethod
     def start_write(
@@ -112,7 +163,7 @@ class Guard:
         """
         if deadline_ms < 1:
             raise ValueError("a deadline is at least 1 ms")
-        return cls(["write", str(fd), payload, answer, str(snapshot_of)], fd, deadline_ms)
+        return cls._start(["write", str(fd), payload, answer, str(snapshot_of)], fd, deadline_ms)
 
     @classmethod
     def start_kill(cls, pidfd: int) -> Guard:
@@ -121,7 +172,7 @@ class Guard:
         Raises:
             GuardFailed: it did not start.
         """
-        return cls(["kill", str(pidfd)], pidfd, 0)
+        return cls._start(["kill", str(pidfd)], pidfd, 0)
 
     def cut(self, sock: socket.socket) -> None:
         """Have the guard shut `sock` down before it writes, in place of the one named before.
@@ -133,6 +184,17 @@ class Guard:
             socket.send_fds(self._control, [b"S"], [sock.fileno()])
 
     @property
+    def fds(self) -> dict[str, int]:
+        """What `inherit` needs, by the names of its arguments; borrowed."""
+        return {"control": self._control.fileno(), "page": self._page_fd}
+
+    def leave(self) -> None:
+        """Let `close` leave it as it is: somebody else holds duplicates of `fds`."""
+        self.disarm()
+        self._left = True
+        _left.append(self._process)
+
+    @property
     def pid(self) -> int:
         """The guard's process id."""
         return self._process.pid
@@ -140,7 +202,7 @@ class Guard:
     @property
     def alive(self) -> bool:
         """Whether the guard is still there; once it is not, nobody carries out the will."""
-        return self._page[READY] == 1 and self._process.poll() is None
+        return self._page_fd >= 0 and self._page[READY] == 1 and self._process.poll() is None
 
     @property
     def acted(self) -> bool:
@@ -170,6 +232,9 @@ class Guard:
 
     def retire(self) -> None:
         """End the guard without its acting, and reap it. Returns within milliseconds."""
+        if self._left:
+            self.close()
+            return
         self.disarm()
         try:
             self._control.send(b"Q")
@@ -180,11 +245,18 @@ class Guard:
 
     def close(self) -> None:
         """Kill the guard if it is still there, reap it and give up our end. Idempotent."""
-        # Before our end is closed: a guard that sees that would act.
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
+        if self._page_fd < 0:
+            return
+        if not self._left:
+            # Before our end is closed: a guard that sees that would act.
+            if self._process.poll() is None:
+                self._process.kill()
+            self._process.wait()
+        if isinstance(self._process, Inherited):
+            self._process.close()
         self._control.close()
+        page, self._page_fd = self._page_fd, -1
+        os.close(page)
         # Not unmapped but let go: a thread may be arming. Afterwards words of our own take what it writes.
         self._page = list(self._page[: READY + 1])
 

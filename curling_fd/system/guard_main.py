@@ -24,8 +24,9 @@ OURS = b"curling-guard"
 NOT_YET = (b'"error"', b'"setup"', b'"active"', b'"device"', b'"failing"', b'"cancelling"')
 """What an answer contains when the will is to be written again: refusals, and states of a migration."""
 
-DUE, ACTED, READY = 0, 1, 2
-"""Words of the shared page: the monotonic nanosecond to act at (0: disarmed), how often we did, are we up."""
+DUE, ACTED, READY, PID = 0, 1, 2, 3
+"""Words of the shared page: the monotonic nanosecond to act at (0: disarmed), how often we did, are we up,
+and our process id."""
 
 WRITE_SECONDS = 1.0
 ANSWER_SECONDS = 5.0
@@ -149,6 +150,7 @@ def main(argv: list[str]) -> None:
         if qemu:
             free_guest(qemu)
 
+    page[PID] = os.getpid()
     page[READY] = 1
     daemon = _socket.socket(fileno=control)
     daemon.send(b"R")

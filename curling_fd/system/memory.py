@@ -1,6 +1,6 @@
 """How much memory this host can still give.
 
-Sources: proc(5) for MemAvailable, the kernel's admin-guide/cgroup-v2 for memory.max and memory.current. A
+Sources: proc(5) for MemAvailable, the kernel's admin-guide/cgroup-v2 for the files of a control group. A
 memfd counts as shared memory of the control group that first touches it, so a limit on curlingd's unit
 binds too.
 """
@@ -14,14 +14,30 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 def available(proc: Path = Path("/proc"), cgroups: Path = CGROUPS) -> int:
     """Bytes that can be had now without swapping, within the host and every control group we are in."""
-    found: list[int | None] = [_host(proc / "meminfo")]
+    found: list[int | None] = [_host(proc / "meminfo"), *map(_group, _groups(proc, cgroups))]
+    return max(0, min(left for left in found if left is not None))
+
+
+def killed_for_memory(proc: Path = Path("/proc"), cgroups: Path = CGROUPS) -> int:
+    """How many processes of our control group the kernel has killed because memory was short."""
+    for group in _groups(proc, cgroups):
+        try:
+            events = (group / "memory.events").read_text(encoding="ascii").splitlines()
+        except OSError:
+            break
+        return sum(int(line.split()[1]) for line in events if line.startswith("oom_kill "))
+    return 0
+
+
+def _groups(proc: Path, cgroups: Path) -> list[Path]:
+    """The control group of version 2 that we are in, and those around it."""
     for line in (proc / "self/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         # The one hierarchy of version 2 has no controllers in its line.
         number, controllers, path = line.split(":", 2)
         if number == "0" and not controllers:
             group = cgroups / path.lstrip("/")
-            found += [_group(folder) for folder in (group, *group.parents) if folder.is_relative_to(cgroups)]
-    return max(0, min(left for left in found if left is not None))
+            return [folder for folder in (group, *group.parents) if folder.is_relative_to(cgroups)]
+    return []
 
 
 def _host(meminfo: Path) -> int:

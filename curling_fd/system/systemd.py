@@ -1,21 +1,28 @@
 """What systemd gives a service and wants to hear from it. Without systemd every call does nothing.
 
-Sources: sd_listen_fds(3) (socket activation), sd_notify(3), sd_watchdog_enabled(3). All three are a few
-environment variables and datagrams, and are spoken directly.
+Sources: sd_listen_fds(3) (socket activation), sd_notify(3), sd_watchdog_enabled(3), and systemd's "File
+Descriptor Store" page. All are a few environment variables and datagrams, and are spoken directly.
+
+The store: while a service is restarted, systemd holds the descriptors it was given, and passes them to the
+new process as it passes sockets. When the service is stopped it closes them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from functools import cache
 
 from curling_fd.errors import ConfigError
 
 FIRST_FD = 3
 """Where the passed sockets begin (SD_LISTEN_FDS_START)."""
+
+BARRIER_SECONDS = 5.0
+"""How long systemd may take to work off what it was sent."""
 
 
 class ServiceManager:
@@ -68,11 +75,71 @@ class ServiceManager:
         """
         if not self._address:
             return
-        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         message = "\n".join(" ".join(assignment.splitlines()) for assignment in assignments)
         # A manager that is busy or gone must not stop us.
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
-            sock.sendto(message.encode(errors="replace"), socket.MSG_DONTWAIT, address)
+            sock.sendto(message.encode(errors="replace"), socket.MSG_DONTWAIT, _address(self._address))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is somebody to `keep` descriptors."""
+        return bool(self._address)
+
+    def keep(self, name: str, fd: int) -> None:
+        """Put a duplicate of `fd` (borrowed) into the store, as `name` with a slash. See `settled`.
+
+        Raises:
+            OSError: it cannot be sent.
+        """
+        # FDPOLL=0: it stays there though its peer hangs up; we want to see that ourselves.
+        message = f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0".encode()
+        with self._connected() as sock:
+            socket.send_fds(sock, [message], [fd])
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Have the store close what it keeps under `names`. See `settled`."""
+        with self._connected() as sock:
+            for name in names:
+                sock.send(f"FDSTOREREMOVE=1\nFDNAME={name}".encode())
+
+    def settled(self) -> bool:
+        """Wait until systemd has done what it was told; False if it does not answer.
+
+        Blocks for some milliseconds, `BARRIER_SECONDS` at most. The process must not end before, for systemd
+        would not know whose messages these were.
+        """
+        ours, theirs = os.pipe2(os.O_CLOEXEC)
+        try:
+            try:
+                with self._connected() as sock:
+                    socket.send_fds(sock, [b"BARRIER=1"], [theirs])
+            except OSError:
+                return False
+            finally:
+                os.close(theirs)
+            poller = select.poll()
+            poller.register(ours, 0)
+            return bool(poller.poll(BARRIER_SECONDS * 1000))
+        finally:
+            os.close(ours)
+
+    def kept(self) -> dict[str, int]:
+        """What the process before us left in the store: their names have a slash, a socket unit's has none.
+
+        The caller owns the descriptors. They are in the store as well until it is told to `forget` them.
+        """
+        names = [name for name in self._fds if "/" in name]
+        return {name: self._fds.pop(name) for name in names}
+
+    def _connected(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            sock.settimeout(BARRIER_SECONDS)
+            sock.connect(_address(self._address))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
     @property
     def watchdog(self) -> float | None:
@@ -110,6 +177,11 @@ def notify(*assignments: str) -> None:
 def watchdog_interval() -> float | None:
     """See `ServiceManager.watchdog`."""
     return manager().watchdog
+
+
+def _address(given: str) -> str:
+    """NOTIFY_SOCKET as an address; `@` stands for the NUL of an abstract one."""
+    return "\0" + given[1:] if given.startswith("@") else given
 
 
 def _is_listening(sock: socket.socket) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from curling_fd.qmp.client import QmpClient, open_qmp
 from tests.lab.cluster import Node, cluster, start_all
 from tests.lab.console import Console, Round
 from tests.lab.hosts import Host, two_hosts
+from tests.lab.manager import ServiceManager
 from tests.lab.vm import LabVm
 
 VM = "lab"
@@ -72,9 +73,13 @@ class Stage:
     async def no_standby(self) -> None:
         """Wait until nothing but the daemon runs on beta: no standby, no guard."""
         assert self.backup.process is not None
+        await self.only_processes({self.backup.process.pid})
+
+    async def only_processes(self, pids: set[int]) -> None:
+        """Wait until those are all that run on beta."""
         with trio.fail_after(60):
             while True:
-                if self.beta.pids() == {self.backup.process.pid}:
+                if self.beta.pids() == pids:
                     return
                 await trio.sleep(0.01)
 
@@ -95,15 +100,24 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(vm: LabVm, *, automatic: bool = True, **keys: Any) -> AsyncIterator[Stage]:
+async def stage(
+    vm: LabVm,
+    *,
+    automatic: bool = True,
+    managed: bool = False,
+    daemon: Mapping[str, Any] | None = None,
+    **keys: Any,
+) -> AsyncIterator[Stage]:
     """Boot `vm` on alpha, with a daemon on both hosts that knows it.
 
     Args:
         automatic: with the arbiter `file`, so that the backup takes over by itself.
+        daemon: keys of curlingd.toml on both hosts.
+        managed: each daemon has a service manager, which keeps descriptors for it.
         keys: of the VM's file on both hosts; `engine` and the epochs, for instance.
     """
     with two_hosts() as (alpha, beta):
-        async with cluster((alpha, beta)) as (primary, backup):
+        async with cluster((alpha, beta), **(daemon or {})) as (primary, backup):
             vm.host, vm.name = alpha, VM
             async with vm:
                 if automatic:
@@ -113,6 +127,9 @@ async def stage(vm: LabVm, *, automatic: bool = True, **keys: Any) -> AsyncItera
                 keys = {"longest_epoch": "100ms", **keys}
                 primary.configure_vm(VM, qmp=str(vm.qmp), peer=backup.link, **keys)
                 backup.configure_vm(VM, peer=primary.link, **keys)
+                if managed:
+                    for node in (primary, backup):
+                        node.manager = ServiceManager(node.directory / "notify.sock")
                 try:
                     await start_all(primary, backup)
                     await vm.console.wait_ready(within=BOOT)

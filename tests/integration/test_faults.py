@@ -21,7 +21,7 @@ from attrs import define, field
 
 from curling_fd.errors import CurlingError, FrameError, LinkError, RemoteProtocolError
 from curling_fd.link.frames import Header, Kind
-from curling_fd.link.pulse import keep_pulse
+from curling_fd.link.pulse import Pulse
 from curling_fd.link.transport import FrameLink, connect
 from curling_fd.replica.image import Replica
 from curling_fd.service.backup import BackupSession, Dropped
@@ -188,7 +188,7 @@ async def send_all(
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(hear)
-            nursery.start_soon(keep_pulse, link, GENERATION, 0.005)  # goes on where something is missing
+            nursery.start_soon(Pulse(link, GENERATION, 0.005, 1).keep)  # goes on where something is missing
             for sequence, piece in enumerate(pieces, 1):
                 await send(Kind.BULK, sequence, piece)
             while pieces_taken < len(pieces):

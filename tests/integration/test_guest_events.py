@@ -274,6 +274,21 @@ async def test_a_guest_that_powers_off_has_not_failed(
         await has_ended(here)
 
 
+async def test_a_guest_that_powers_off_behind_a_dead_cable_is_not_started_by_the_backup(
+    unstable_qemu: Executable,
+) -> None:
+    vm = LabVm(qemu=unstable_qemu, guest=LINUX)
+    # Longer than the guest takes to power off.
+    async with stage(vm, daemon={"failure_timeout": "10s"}, **FAST) as here:
+        await here.protect()
+        here.alpha.cut()
+        await here.vm.send("p")
+        await here.primary.wait_state(VM, "ended", within=SYNC)
+        await here.backup.wait_state(VM, "idle", within=SYNC)
+        assert here.happened(here.backup, "lost")
+        assert here.console.rounds() == []
+
+
 @NO_SHUTDOWN
 async def test_a_guest_that_panics_has_not_failed(unstable_qemu: Executable, extra: tuple[str, ...]) -> None:
     # Slowly: a QEMU that keeps its panicked guest aborts if a checkpoint begins at that very moment.

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from attrs import define, field
 from curling_fd.varlink.client import Client
 
 from .hosts import Host
+from .manager import ServiceManager
 
 PORT = 9271
 _START_TIMEOUT = 20.0
@@ -31,6 +32,7 @@ class Node:
         host: whose network it uses; None for this machine's own.
         address: where its link listens.
         settings: keys of curlingd.toml beyond the ones every node gets.
+        manager: who starts the daemon and keeps descriptors for it, if anybody does.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Node:
     host: Host | None = None
     settings: Mapping[str, Any] = field(factory=dict)
     environment: Mapping[str, str] = field(factory=dict)
+    manager: ServiceManager | None = None
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -82,10 +85,11 @@ class Node:
     def start(self) -> None:
         """Start the daemon; `ready` waits for it."""
         argv = [sys.executable, "-m", "curling_fd.service.daemon", "--config", str(self.config)]
-        start = self.host.popen if self.host else subprocess.Popen
-        with self.log.open("ab") as log:
+        start = self.manager.popen if self.manager else subprocess.Popen
+        environment = {**os.environ, **self.environment}
+        with self.log.open("ab") as log, self.host.entered() if self.host else nullcontext():
             self.process = start(
-                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **self.environment}
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, process_group=0
             )
 
     async def ready(self) -> None:
@@ -153,6 +157,8 @@ class Node:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        if self.manager is not None:
+            self.manager.close()
         ours = os.fsencode(self.directory)
         for command in Path("/proc").glob("[0-9]*/cmdline"):
             with suppress(OSError):  # it has ended meanwhile

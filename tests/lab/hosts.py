@@ -87,7 +87,7 @@ class Host:
 @contextlib.contextmanager
 def two_hosts(names: tuple[str, str] = ("alpha", "beta")) -> Iterator[tuple[Host, Host]]:
     """Two hosts, 10.77.0.1 and 10.77.0.2. At the end their processes, namespaces and folders are removed."""
-    _remove_leftovers()
+    remove_leftovers()
     folder = scratch_folder()
     hosts: list[Host] = []
     try:
@@ -171,7 +171,7 @@ def _remove_namespace(namespace: str) -> None:
         run(["ip", "netns", "delete", namespace])
 
 
-def _remove_leftovers() -> None:
+def remove_leftovers() -> None:
     """Namespaces and folders of an earlier run that was killed before it could remove them."""
 
     def gone(owner: str) -> bool:

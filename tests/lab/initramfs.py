@@ -41,7 +41,7 @@ def _build(kernel: Kernel, target: Path) -> None:
             for name, data in files:
                 (tree / "modules" / f"{name}.ko").write_bytes(data)
             (tree / "modules" / group).write_text("".join(f"{name}.ko\n" for name, _ in files))
-        _pack(tree, target)
+        pack(tree, target)
 
 
 def compile_static(source: Path, program: Path) -> None:
@@ -57,7 +57,8 @@ def _busybox() -> Path:
     return program
 
 
-def _pack(tree: Path, target: Path) -> None:
+def pack(tree: Path, target: Path) -> None:
+    """Make the archive `target` of what is below `tree`, everything owned by root."""
     names = sorted(str(path.relative_to(tree)) for path in tree.rglob("*"))
     with target.open("wb") as archive:
         subprocess.run(

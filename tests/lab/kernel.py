@@ -32,7 +32,7 @@ def kernel() -> Kernel:
     files = unpacked(name)
     (packed,) = files.glob("boot/vmlinuz-*")
     release = packed.name.removeprefix("vmlinuz-")
-    image = made(f"kernel/{distribution()}-{release}.image", lambda target: _unpack(packed, target))
+    image = made(f"kernel/{distribution()}-{release}.image", lambda target: unpack_image(packed, target))
     # From Debian 13 on the package has its modules below /usr.
     (modules,) = [*files.glob(f"lib/modules/{release}"), *files.glob(f"usr/lib/modules/{release}")]
     return Kernel(release=release, image=image, modules=modules)
@@ -72,7 +72,7 @@ def _choose(target: Path) -> None:
     target.write_text(depended_on("linux-image-amd64", "linux-image-"))
 
 
-def _unpack(packed: Path, target: Path) -> None:
+def unpack_image(packed: Path, target: Path) -> None:
     """Write the uncompressed ELF kernel, which QEMU boots through its PVH entry.
 
     An emulated CPU needs seconds to decompress a Debian kernel. Where the payload lies is in the header

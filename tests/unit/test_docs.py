@@ -18,6 +18,7 @@ import pytest
 from curling_fd.ctl.exit_codes import MEANINGS
 from curling_fd.ctl.parser import make_parser
 from curling_fd.failover.states import Event, State, diagram, role
+from curling_fd.journald.messages import FIELDS
 from curling_fd.link import frames
 from curling_fd.service.config import reference
 from curling_fd.system.privileges import NEEDED, PASSED_ON
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 CONFIGURATION = DOCS / "configuration.md"
 PROTOCOL = DOCS / "protocol.md"
+CATALOG = ROOT / "systemd" / "curling.catalog"
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
 
 _DIAGRAM = re.compile(r"(?<=```mermaid\n)stateDiagram-v2\n.*?(?=\n```)", re.DOTALL)
@@ -40,7 +42,7 @@ def page_names() -> list[str]:
 def table(*head: str) -> re.Pattern[str]:
     """Matches a table that begins with the columns `head`; its second group is its rows."""
     begins = re.escape("| " + " | ".join(head) + " |")
-    return re.compile(rf"^({begins}.*\n\|[- |]*\n)((?:\|.*\n)+)", re.MULTILINE)
+    return re.compile(rf"^({begins}.*\n\|[- |]*\n)((?:\|.*\n)*)", re.MULTILINE)
 
 
 def rows(page: Path, *head: str) -> list[list[str]]:
@@ -151,6 +153,21 @@ def capabilities() -> list[list[str]]:
     return [[f"`{name}`", why] for name, why in NEEDED.items()] + passed_on
 
 
+def journal_fields() -> list[list[str]]:
+    return [[f"`{field.name}`", field.meaning] for field in FIELDS.values()]
+
+
+def journal_messages() -> list[list[str]]:
+    """Ids and subjects of the message catalog; test_catalog.py holds that to the code."""
+    found = re.findall(r"^-- ([0-9a-f]{32})\nSubject: (.*)$", CATALOG.read_text("utf-8"), re.MULTILINE)
+    return [[f"`{id}`", subject.replace("@CURLING_VM@", "VM")] for id, subject in found]
+
+
+def test_operations_tells_every_field_and_every_message_of_the_journal() -> None:
+    for head, cells in (("field", journal_fields()), ("MESSAGE_ID", journal_messages())):
+        assert rows(DOCS / "operations.md", head) == cells, "run: python -m tests.unit.test_docs"
+
+
 def test_operations_tells_every_exit_code() -> None:
     assert rows(DOCS / "operations.md", "code") == exit_codes(), "run: python -m tests.unit.test_docs"
 
@@ -223,6 +240,8 @@ def main() -> None:
     PROTOCOL.write_text(_DIAGRAM.sub(lambda _: diagram(), PROTOCOL.read_text("utf-8")), "utf-8")
     for page, head, cells in (
         (DOCS / "operations.md", "code", exit_codes()),
+        (DOCS / "operations.md", "field", journal_fields()),
+        (DOCS / "operations.md", "MESSAGE_ID", journal_messages()),
         (DOCS / "security.md", "capability", capabilities()),
     ):
         text = page.read_text("utf-8")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from curling_fd.system.memory import available
+from curling_fd.system.memory import available, killed_for_memory
 
 GIB = 1 << 30
 
@@ -65,3 +65,14 @@ def test_the_older_hierarchies_are_not_asked(host: Path) -> None:
 
 def test_this_host_has_some() -> None:
     assert available() > 0
+
+
+def test_processes_that_were_killed_for_memory_are_counted(host: Path) -> None:
+    def counted() -> int:
+        return killed_for_memory(host / "proc", host / "cgroup")
+
+    assert counted() == 0
+    limit(host, "system.slice/curlingd.service", "max", GIB)
+    events = host / "cgroup/system.slice/curlingd.service/memory.events"
+    events.write_text("low 0\nhigh 0\nmax 12\noom 2\noom_kill 3\noom_group_kill 0\n")
+    assert counted() == 3

@@ -425,5 +425,5 @@ def test_closing_frees_the_small_images_and_leaves_the_mapped_ones(subject: Subj
     subject.first_pass()
     small = list(subject.replica._small)
     subject.replica.close()
-    assert [buffer.fd for buffer in small] == [-1, -1, -1]
+    assert [buffer.fd for _, buffer in small] == [-1, -1, -1]
     assert bytes(subject.ram.view[:PAGE]) == page(1)

@@ -11,6 +11,7 @@ import pytest
 
 from curling_fd.errors import ConfigError
 from curling_fd.system.systemd import ServiceManager
+from tests.lab.manager import ServiceManager as StoringManager
 
 PID = 4711
 
@@ -140,3 +141,66 @@ def test_the_watchdog_is_ours_if_it_names_us_or_nobody(
 ) -> None:
     environ = {"WATCHDOG_USEC": microseconds, "WATCHDOG_PID": pid}
     assert ServiceManager(environ, PID).watchdog == seconds
+
+
+# The store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[StoringManager]:
+    kept = StoringManager(tmp_path / "notify")
+    yield kept
+    kept.close()
+
+
+def service_of(kept: StoringManager, **environ: str) -> ServiceManager:
+    return ServiceManager({"NOTIFY_SOCKET": str(kept.path), **environ}, PID)
+
+
+def test_what_is_kept_is_a_duplicate_and_stays_until_it_is_forgotten(store: StoringManager) -> None:
+    manager = service_of(store)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        manager.keep("db1/link", theirs.fileno())
+        manager.keep("db1/other", theirs.fileno())
+        assert manager.settled()
+        assert store.store.keys() == {"db1/link", "db1/other"}
+        assert "FDPOLL=0" in store.heard[0]
+        theirs.close()
+        manager.forget(["db1/link"])
+        assert manager.settled()
+        assert store.store.keys() == {"db1/other"}
+        ours.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            ours.recv(1)
+        manager.forget(["db1/other", "db1/unknown"])
+        assert manager.settled()
+        assert ours.recv(1) == b"", "nobody holds the other end any more"
+
+
+def test_what_was_kept_is_found_by_name_and_is_close_on_exec(listening: socket.socket) -> None:
+    first = os.dup2(listening.fileno(), 300, inheritable=True)
+    kept = os.dup2(listening.fileno(), 301, inheritable=True)
+    manager = ServiceManager(
+        {"LISTEN_FDS": "2", "LISTEN_FDNAMES": "control:db1/link", "LISTEN_PID": str(PID)}, PID, first_fd=first
+    )
+    assert manager.kept() == {"db1/link": kept}
+    assert manager.kept() == {}
+    assert manager.is_activated("control")
+    assert not os.get_inheritable(kept)
+    for fd in (first, kept):
+        os.close(fd)
+
+
+def test_without_a_manager_nothing_is_kept_and_nothing_waits() -> None:
+    manager = ServiceManager({}, PID)
+    assert not manager.keeps
+    assert not manager.settled()
+    with pytest.raises(OSError, match="Invalid argument"):
+        manager.keep("db1/link", 0)
+
+
+def test_a_manager_that_is_gone_does_not_make_us_wait(store: StoringManager) -> None:
+    manager = service_of(store)
+    store.close()
+    assert not manager.settled()

@@ -25,7 +25,7 @@ from curling_fd.link.frames import (
     encode_json,
     encode_trailer,
 )
-from curling_fd.link.pulse import keep_pulse, watch_pulse
+from curling_fd.link.pulse import Pulse
 from curling_fd.link.transport import PIPE_SIZE, STALL, FrameLink, Received, connect
 from curling_fd.system.buffers import Buffer, BufferPool
 
@@ -595,7 +595,7 @@ async def test_sending_to_a_peer_that_has_gone_is_a_lost_link() -> None:
     link = FrameLink(ours)
     reset(theirs)
     with pytest.raises(LinkLost, match="the peer closed the link"):
-        await keep_pulse(link, 1, 0)
+        await Pulse(link, 1, 0, 1).keep()
     link.close()
 
 
@@ -630,7 +630,7 @@ async def test_a_peer_that_does_not_answer_is_unreachable(autojump_clock: trio.t
 async def watched(
     link: FrameLink, timeout: float, *tasks: Callable[[], Awaitable[object]]
 ) -> AsyncIterator[list[LinkLost]]:
-    """`watch_pulse` and `tasks` beside the block; what they raised."""
+    """The watching of `link` and `tasks` beside the block; what they raised."""
     errors: list[LinkLost] = []
 
     async def noting(task: Callable[[], Awaitable[object]]) -> None:
@@ -640,7 +640,7 @@ async def watched(
             errors.append(error)
 
     async with trio.open_nursery() as nursery:
-        for task in (partial(watch_pulse, link, timeout), *tasks):
+        for task in (Pulse(link, 1, 0.3, timeout).watch, *tasks):
             nursery.start_soon(noting, task)
         await trio.testing.wait_all_tasks_blocked()
         yield errors
@@ -661,7 +661,7 @@ async def receive_for_ever(link: FrameLink) -> None:
 
 async def test_a_peer_with_a_pulse_is_not_lost(mock_clock: trio.testing.MockClock) -> None:
     async with linked() as (link, receiver):
-        beat, listen = partial(keep_pulse, link, 1, 0.3), partial(receive_for_ever, receiver.link)
+        beat, listen = Pulse(link, 1, 0.3, 1).keep, partial(receive_for_ever, receiver.link)
         async with watched(receiver.link, 1.0, beat, listen) as errors:
             await step(mock_clock, 30)
             assert errors == []
@@ -762,3 +762,37 @@ async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(20):
         while not condition():
             await trio.lowlevel.checkpoint()
+
+
+async def test_in_a_rest_no_heartbeat_is_sent_and_silence_does_not_count(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    async with linked() as (link, receiver):
+        pulse = Pulse(link, 1, 0.3, 1.0)
+        async with watched(link, 100, pulse.keep, pulse.watch, partial(receive_for_ever, link)) as errors:
+            await pulse.rest(20)
+            while receiver.link.statistics.frames_received < link.statistics.frames_sent:
+                await receiver.link.receive()
+            before = link.statistics.frames_sent
+            await step(mock_clock, 19.8)
+            assert errors == []
+            assert link.statistics.frames_sent == before
+            await step(mock_clock, 1.4)
+            assert "silent" in errors[0].why
+
+
+async def test_after_a_rest_the_pulse_goes_on_and_silence_counts_at_once(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    async with linked() as (link, _):
+        pulse = Pulse(link, 1, 0.3, 1.0)
+        async with watched(link, 100, pulse.keep, pulse.watch, partial(receive_for_ever, link)) as errors:
+            await pulse.rest(20)
+            await step(mock_clock, 5)
+            before = link.statistics.frames_sent
+            pulse.wake()
+            await step(mock_clock, 0.8)
+            assert errors == []
+            assert link.statistics.frames_sent > before
+            await step(mock_clock, 0.4)
+            assert "silent" in errors[0].why
