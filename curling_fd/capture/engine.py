@@ -143,6 +143,10 @@ class Engine(Protocol):
         """Let the guest go on after a checkpoint taken with `resume=False`."""
         ...
 
+    def hold(self, paused: bool) -> None:
+        """An operator has `paused` the guest: should this daemon die, it is to stand still all the same."""
+        ...
+
     def leave(self) -> tuple[EngineLeft, dict[str, int]]:
         """Between two checkpoints: let leaving the block leave all as it is.
 

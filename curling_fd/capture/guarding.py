@@ -10,7 +10,7 @@ import trio
 
 from curling_fd.errors import CaptureError, EngineFailed, LinkLost, RemoteProtocolError
 from curling_fd.qmp.client import QmpClient
-from curling_fd.system.guard import Guard, GuardFailed
+from curling_fd.system.guard import LOST_HEARTBEAT, Guard, GuardFailed
 from curling_fd.system.nursery import open_nursery
 
 #: Seconds our event loop may stand still while the guest does; as long a silence makes the backup give us up.
@@ -41,7 +41,9 @@ async def guarded(
         if inherited is not None:
             return Guard.inherit(inherited["control"], inherited["page"], int(FROZEN * 1000))
         pid = qmp.pid if snapshots else 0
-        return Guard.start_write(qmp.fileno(), will, int(FROZEN * 1000), snapshot_of=pid)
+        loop = will == LOST_HEARTBEAT  # whose end starts the guest
+        deadline = int(FROZEN * 1000)
+        return Guard.start_write(qmp.fileno(), will, deadline, snapshot_of=pid, starts_paused=loop)
 
     try:
         guard = await trio.to_thread.run_sync(start)

@@ -99,6 +99,9 @@ class IncrementalEngine:
         self._reader = CheckpointReader(self._socket, left.layout, left.last_block, self._options.stop_limit)
         self._requested = left.requested
 
+    def hold(self, paused: bool) -> None:
+        self._guard.hold(paused)
+
     def leave(self) -> tuple[EngineLeft, dict[str, int]]:
         assert self._reader is not None, "leave before first_pass"
         self._guard.leave()

@@ -169,6 +169,9 @@ class WholeEngine:
         for index, block in enumerate(inherited.left.images):
             self._image.add(block, inherited.fds[f"image{index}"])
 
+    def hold(self, paused: bool) -> None:
+        self._guard.hold(paused)
+
     def leave(self) -> tuple[EngineLeft, dict[str, int]]:
         assert self._layout is not None, "leave before first_pass"
         self._guard.leave()

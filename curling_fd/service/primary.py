@@ -332,6 +332,7 @@ class PrimarySession:
 
     def _tell_paused(self) -> None:
         self._stir()
+        self._engine.hold(self.stops.paused)
         self._callbacks.paused(self.stops.paused)
         self._notes.send_nowait(self.stops.paused)
 

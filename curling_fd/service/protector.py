@@ -434,6 +434,7 @@ class Protector:
             standing_still(qmp, lambda: record.paused),
             open_engine(qmp, choice, engine_options, engine_left) as engine,
         ):
+            engine.hold(record.paused)
             heard = trio.Event()
             session = PrimarySession(
                 qmp,

@@ -39,7 +39,7 @@ from pathlib import Path
 
 import trio
 
-from curling_fd.system.guard_main import ACTED, DUE, PID, READY
+from curling_fd.system.guard_main import ACTED, DUE, HOLD, PID, READY
 from curling_fd.system.process import Inherited, Process
 
 MAIN = Path(__file__).with_name("guard_main.py")
@@ -147,7 +147,14 @@ class Guard:
 
     @classmethod
     def start_write(
-        cls, fd: int, payload: bytes, deadline_ms: int, *, answer: bytes = ANSWER, snapshot_of: int = 0
+        cls,
+        fd: int,
+        payload: bytes,
+        deadline_ms: int,
+        *,
+        answer: bytes = ANSWER,
+        snapshot_of: int = 0,
+        starts_paused: bool = True,
     ) -> Guard:
         """Start a guard that writes `payload` to `fd`. Blocks for some 30 ms, until it is up.
 
@@ -156,6 +163,8 @@ class Guard:
             payload: the bytes, without NUL.
             deadline_ms: how long after `arm` it acts; at least 1.
             answer: after our death the guard holds the connection open until this comes back, at most 5 s.
+            starts_paused: the will starts a guest also if it is on `hold`, which is then stopped again; else
+                the will of a guest on hold is not carried out.
             snapshot_of: id of a QEMU whose guest may be left waiting by a snapshot that is cut short.
 
         Raises:
@@ -163,7 +172,8 @@ class Guard:
         """
         if deadline_ms < 1:
             raise ValueError("a deadline is at least 1 ms")
-        return cls._start(["write", str(fd), payload, answer, str(snapshot_of)], fd, deadline_ms)
+        paused = "stop" if starts_paused else "leave"
+        return cls._start(["write", str(fd), payload, answer, str(snapshot_of), paused], fd, deadline_ms)
 
     @classmethod
     def start_kill(cls, pidfd: int) -> Guard:
@@ -220,6 +230,10 @@ class Guard:
         """Do not act for now; our death still counts."""
         self._page[DUE] = 0
 
+    def hold(self, paused: bool) -> None:
+        """An operator has `paused` the guest: after our death it is to stand still all the same."""
+        self._page[HOLD] = paused
+
     async def put_off(self) -> None:
         """Put the deadline off again and again while armed, so that it passes when Trio's loop stands still.
 
@@ -258,7 +272,7 @@ class Guard:
         page, self._page_fd = self._page_fd, -1
         os.close(page)
         # Not unmapped but let go: a thread may be arming. Afterwards words of our own take what it writes.
-        self._page = list(self._page[: READY + 1])
+        self._page = list(self._page[: HOLD + 1])
 
     def __enter__(self) -> Guard:
         return self

@@ -1,10 +1,11 @@
 """The guard's own process. Run by path, on the bare standard library, so that it starts in about 15 ms.
 
-    python -I -S guard_main.py CONTROL PAGE DEADLINE_MS write FD PAYLOAD ANSWER QEMU
+    python -I -S guard_main.py CONTROL PAGE DEADLINE_MS write FD PAYLOAD ANSWER QEMU PAUSED
     python -I -S guard_main.py CONTROL PAGE DEADLINE_MS kill PIDFD
 
-CONTROL, PAGE, FD and PIDFD are inherited descriptors; QEMU is a process id, or 0. What comes over CONTROL is
-one byte: Q to end, S with a socket that is to be shut down before the will is written.
+CONTROL, PAGE, FD and PIDFD are inherited descriptors; QEMU is a process id, or 0. PAUSED says what becomes of
+a guest that an operator has paused: `leave` it alone, or `stop` it again, for the will starts it. CONTROL
+brings one byte: Q to end, S with a socket that is to be shut down before the will is written.
 `curling_fd.system.guard` has the other half and says what all this is for.
 """
 
@@ -24,9 +25,13 @@ OURS = b"curling-guard"
 NOT_YET = (b'"error"', b'"setup"', b'"active"', b'"device"', b'"failing"', b'"cancelling"')
 """What an answer contains when the will is to be written again: refusals, and states of a migration."""
 
-DUE, ACTED, READY, PID = 0, 1, 2, 3
+DUE, ACTED, READY, PID, HOLD = 0, 1, 2, 3, 4
 """Words of the shared page: the monotonic nanosecond to act at (0: disarmed), how often we did, are we up,
-and our process id."""
+our process id, and whether an operator has paused the guest."""
+
+STATUS = b'{"execute":"query-status","id":"curling-guard-status"}\r\n'
+STOP = b'{"execute":"stop","id":"curling-guard-stop"}\r\n'
+
 
 WRITE_SECONDS = 1.0
 ANSWER_SECONDS = 5.0
@@ -59,6 +64,17 @@ def write_until_obeyed(fd: int, payload: bytes, answer: bytes) -> None:
     while write_will(fd, payload):
         said = answers_from(fd, answer, until)
         if not any(word in said for word in NOT_YET) or time.monotonic() >= until:
+            return
+        time.sleep(AGAIN_SECONDS)
+
+
+def stop_again(fd: int) -> None:
+    """Stop the guest behind the monitor `fd` (borrowed) as soon as QEMU has started it."""
+    until = time.monotonic() + ANSWER_SECONDS
+    while time.monotonic() < until and write_will(fd, STATUS):
+        if b'"running": true' in answers_from(fd, b'"curling-guard-status"', until):
+            if write_will(fd, STOP):
+                answers_from(fd, b'"curling-guard-stop"', until)
             return
         time.sleep(AGAIN_SECONDS)
 
@@ -146,7 +162,12 @@ def main(argv: list[str]) -> None:
         if not orphaned:
             write_will(target, payload)
             return
+        paused = bool(page[HOLD])
+        if paused and argv[9] == "leave":
+            return
         write_until_obeyed(target, payload, answer)
+        if paused:
+            stop_again(target)
         if qemu:
             free_guest(qemu)
 

@@ -131,8 +131,8 @@ async def test_a_port_that_another_program_has_is_named_on_both_hosts(host_pair:
             assert beta.process is not None
             # Not 78: systemd is to try again, for the port may be free then.
             assert await trio.to_thread.run_sync(beta.process.wait) == 1
-            said = f"curlingd: This curlingd cannot listen on {beta.link} for other hosts: Address already in use.\n"
-            assert said in beta.log_text()
+            said = f"This curlingd cannot listen on {beta.link} for other hosts: Address already in use."
+            assert f"curlingd: {said}\n" in beta.log_text()
             assert "'ss -ltnp' shows it" in beta.log_text()
             await start_all(alpha)
             code, found = await doctor(alpha)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import time
@@ -227,6 +228,37 @@ async def test_a_guest_that_was_paused_stays_so_when_protection_ends() -> None:
         assert (await here.vm.console.next_round()).corrupt == 0
 
 
+async def test_a_guest_that_was_paused_stands_still_also_when_the_daemon_is_killed(
+    unstable_qemu: Executable,
+) -> None:
+    async with stage(LabVm(qemu=unstable_qemu, guest=LINUX), **FAST) as here:
+        await here.protect()
+        await here.primary.call("Pause", name=VM)
+        async with here.operator() as operator:
+            with operator.events() as events:
+                here.primary.kill()
+                with trio.fail_after(SYNC):
+                    while (await events.receive()).name != "RESUME":
+                        pass  # QEMU starts it at the end of its checkpoint loop
+                    while (await events.receive()).name != "STOP":
+                        pass
+            assert await operator.status() == "paused"
+
+
+async def test_a_guest_that_was_paused_between_snapshots_stays_so_when_the_daemon_is_killed() -> None:
+    async with stage(LabVm(guest=LINUX), **FAST) as here:
+        await here.protect(3)
+        await here.primary.call("Pause", name=VM)
+        async with here.operator() as operator:
+            assert await operator.status() == "paused"
+            assert here.primary.process is not None
+            guards = here.alpha.pids() - {here.primary.process.pid, operator.pid}
+            here.primary.kill()
+            for pid in guards:
+                await gone(pid)
+            assert await operator.status() == "paused"
+
+
 @pytest.mark.kvm
 async def test_a_guest_that_was_paused_is_switched_without_being_started() -> None:
     async with stage(LabVm(accel="kvm", guest=BootSectorGuest()), **FAST) as here:
@@ -298,6 +330,17 @@ async def test_a_guest_that_panics_has_not_failed(unstable_qemu: Executable, ext
         await here.vm.send("c")
         await ends_cleanly(here, before, "panicked")
         await has_ended(here)
+
+
+async def gone(pid: int) -> None:
+    """Wait until the process has ended."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    with trio.fail_after(SYNC):
+        await trio.lowlevel.wait_readable(pidfd)
+    os.close(pidfd)
 
 
 async def has_ended(here: Stage) -> None:
