@@ -29,7 +29,7 @@ bench: setup
 lint: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy -p curling_fd -p tests.lab -p bench
+	$(PYTHON) -m mypy -p curling_fd -p tests.lab -p tests.vm -p bench
 
 # Leaves .venv and the cache (~/.cache/curling): both are quick to check and slow to make.
 clean:

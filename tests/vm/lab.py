@@ -1,0 +1,381 @@
+"""Two lab hosts, a client and a guest, put together as README.md says.
+
+    eth0   192.0.2.1 (alpha) - 192.0.2.2 (beta)                 ports link.alpha, link.beta
+    br0    198.51.100.1, .2, the guest's .5, the client's .100  ports front.alpha, front.beta, front.client
+    /srv/arbiter   a folder of this machine, which outlives both hosts
+
+The hosts are there for as long as a `with` block runs; lines to their agents belong to a Trio run and are
+opened with `Lab.connected`, as often as one likes. So one pair of hosts serves many tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import shlex
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+from attrs import define
+
+from tests.lab import hosts as namespaces
+from tests.lab.debs import run
+
+from . import readme
+from .cables import Cables, switch
+from .control import Agent
+from .host import Host
+from .image import PLAIN, Variant, image
+from .payload import ROOT, payload
+from .steps import GUEST_UNIT, PIP, TAP, VM, configuration, guest_command, installed
+from .timeline import Clocks, Timeline
+
+CLIENT_ADDRESS = "198.51.100.100"
+RECORDS = ROOT / "build" / "vm"
+PORTS = ("link.alpha", "link.beta", "front.alpha", "front.beta")
+CLIENT_PORT = "front.client"
+
+Say = Callable[[str], None]
+_serial = itertools.count()
+
+
+@define(eq=False)
+class Lab:
+    """The pair; made by `lab`. `timeline` is of the scenario that runs."""
+
+    alpha: Host
+    beta: Host
+    client: namespaces.Host
+    cables: Cables
+    clocks: Clocks
+    timeline: Timeline
+    sockets: Path
+    shared: Path
+    records: Path
+    say: Say
+    _nursery: trio.Nursery | None = None
+
+    @property
+    def hosts(self) -> tuple[Host, Host]:
+        return self.alpha, self.beta
+
+    def other(self, host: Host) -> Host:
+        return self.beta if host is self.alpha else self.alpha
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[None]:
+        """Lines to all hosts that have power, for the length of a block."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await self.on_each(self._connect, [host for host in self.hosts if host.pid])
+            try:
+                yield
+            finally:
+                self._nursery = None
+                nursery.cancel_scope.cancel()
+
+    async def power_on(self, *hosts: Host) -> None:
+        """Start hosts and wait until they have booted."""
+        await self.on_each(self._boot, hosts)
+
+    async def lose_power(self, host: Host) -> None:
+        """The fault: see `Host.lose_power`."""
+        self.timeline.note("test", f"{host.name} is about to lose its power")
+        self.timeline.note("test", host.lose_power())
+        await host.agent.lost.wait()
+
+    async def on_each(
+        self, action: Callable[[Host], Awaitable[Any]], hosts: Iterable[Host] | None = None
+    ) -> None:
+        """Do the same on several hosts (both by default) at once."""
+        async with trio.open_nursery() as nursery:
+            for host in self.hosts if hosts is None else hosts:
+                nursery.start_soon(action, host)
+
+    # README, step by step.
+
+    async def set_up(self) -> None:
+        """Boot both hosts, configure them as README says, and make the guest known to them."""
+        await self.power_on(*self.hosts)
+        await self.on_each(self.configure)
+        self.say("both hosts are configured")
+
+    async def configure(self, host: Host) -> None:
+        """README's second step: files and firewall, and what the slowness of a lab asks for in a drop-in."""
+        for path, text in configuration(0 if host is self.alpha else 1).items():
+            await host.agent.write(path, text)
+        await host.agent.write("/usr/local/sbin/start-guest", f"#!/bin/sh -e\n{guest_command()}", mode=0o755)
+        await host.agent.write("/etc/systemd/system/lab-guest.service", GUEST_UNIT)
+        await host.agent.run("systemctl daemon-reload")
+        await self.script(host, readme.block("sh", "nft add table"))
+
+    async def enable(self, host: Host) -> None:
+        """README's last line of the second step."""
+        await self.script(host, readme.block("sh", "systemctl enable"))
+
+    async def script(self, host: Host, text: str, cwd: str = "/root") -> str:
+        """Run a shell script in a host as README's reader would, up to the first failure; its output."""
+        env = dict(word.split("=", 1) for word in PIP)
+        started = self.clocks.now()
+        done = await host.agent.run(["/bin/bash", "-exc", text], env=env, cwd=cwd, within=600)
+        took = f"(took {self.clocks.now() - started:.1f} s)"
+        self.timeline.note("test", f"{host.name}# {text.strip()}\n{took}\n{done.stdout}".rstrip())
+        return done.stdout
+
+    # The guest.
+
+    async def start_guest(self, host: Host) -> None:
+        """Start the guest and wait until its program runs."""
+        console = host.guest_console
+        seen = len(console.lines())
+        await host.agent.run("systemctl start lab-guest")
+        await console.wait_line("curling ready", start=seen, within=180)
+        self.timeline.note("test", f"the guest runs on {host.name}")
+
+    # Curling.
+
+    async def ctl(self, host: Host, *arguments: str, check: bool = True, within: float = 300) -> str:
+        """Run curlingctl in a host; what it printed."""
+        command = ["curlingctl", *arguments]
+        done = await host.agent.run(command, check=check, within=within)
+        said = f"{done.stdout}{done.stderr}".strip()
+        self.timeline.note("test", f"{host.name}# {shlex.join(command)}  -> {done.status}\n{said}".rstrip())
+        return done.stdout
+
+    async def show(self, host: Host, vm: str = VM) -> dict[str, Any]:
+        """What `curlingctl show --json` says of a VM."""
+        done = await host.agent.run(["curlingctl", "--json", "show", vm])
+        return dict(json.loads(done.stdout)["vm"])
+
+    async def committed(self, host: Host, count: int, *, within: float = 180) -> dict[str, Any]:
+        """Wait until the running session has committed `count` checkpoints; what `show` says then."""
+        watch = ["curlingctl", "--json", "watch", VM, "--interval", "200ms"]
+        with trio.move_on_after(within):
+            async with host.agent.start(watch) as running, aclosing(running.lines()) as lines:
+                async for line in lines:
+                    (vm,) = json.loads(line)["vms"]
+                    if vm["state"] in ("protected", "standby") and vm["statistics"]["committed"] >= count:
+                        return dict(vm)
+        raise TimeoutError(
+            f"{VM} on {host.name} has not committed {count} checkpoints: {await self.show(host)}"
+        )
+
+    async def wait_state(self, host: Host, *states: str, within: float = 120) -> dict[str, Any]:
+        """Wait until the VM is in one of `states` on a host; what `show` says then."""
+        seen = ""
+        watch = ["curlingctl", "--json", "watch", VM, "--interval", "200ms"]
+        with trio.move_on_after(within):
+            async with host.agent.start(watch) as running, aclosing(running.lines()) as lines:
+                async for line in lines:
+                    (vm,) = json.loads(line)["vms"]
+                    if vm["state"] != seen:
+                        seen = vm["state"]
+                        self.timeline.note("test", f"{VM} on {host.name} is {seen}: {vm['reason']}")
+                    if seen in states:
+                        return dict(vm)
+        raise TimeoutError(f"{VM} on {host.name} is {seen}, not {' or '.join(states)}, after {within} s")
+
+    # What a test starts from. Each does only what is not so already.
+
+    async def ready(self) -> None:
+        """Both hosts on, their daemons running, and a guest on alpha that runs unprotected, or protected."""
+        await self.power_on(*[host for host in self.hosts if host.pid is None])
+        await self.on_each(self.enable)
+        if VM not in {vm["name"] for vm in await self._vms(self.alpha) if vm["role"] == "primary"}:
+            active = await self.alpha.agent.run("systemctl is-active lab-guest", check=False)
+            if active.status:
+                await self.start_guest(self.alpha)
+
+    async def protected(self) -> None:
+        """The guest runs on alpha, protected to beta; made anew if it is not so."""
+        if all(host.pid for host in self.hosts):
+            states = [await self._state(host) for host in self.hosts]
+            if states == ["protected", "standby"]:
+                return
+        await self.afresh()
+        self.say(f"curlingctl protect {VM}")
+        await self.ctl(self.alpha, "protect", VM)
+
+    async def afresh(self) -> None:
+        """Whatever was: nothing protected, nothing remembered, a new guest on alpha."""
+        self.say("a new guest on alpha")
+        await self.power_on(*[host for host in self.hosts if host.pid is None])
+        await self.cables.heal(*PORTS, CLIENT_PORT)
+        await self.on_each(self._forget)
+        for path in self.shared.iterdir():
+            path.unlink()
+        await self.on_each(self.enable)
+        await self.start_guest(self.alpha)
+
+    async def _forget(self, host: Host) -> None:
+        await host.agent.run(
+            "systemctl stop curlingd.service lab-guest; pkill -KILL qemu-system; "
+            "while pgrep qemu-system >/dev/null; do sleep 0.1; done; "
+            "rm -rf /var/lib/curling/* /run/curling/* /run/vm; systemctl reset-failed; "
+            "systemctl restart curlingd.socket",
+        )
+
+    async def _vms(self, host: Host) -> list[dict[str, Any]]:
+        done = await host.agent.run("curlingctl --json list")
+        return list(json.loads(done.stdout)["vms"])
+
+    async def _state(self, host: Host) -> str:
+        done = await host.agent.run(f"curlingctl --json show {VM}", check=False)
+        return "" if done.status else str(json.loads(done.stdout)["vm"]["state"])
+
+    # One host.
+
+    async def _boot(self, host: Host) -> None:
+        self.say(f"{host.name} boots")
+        await host.power_on()
+        self.timeline.note(
+            "test", f"{host.name} has power: process {host.pid}, boot {host.boots} of this lab"
+        )
+        await self._connect(host)
+        await host.agent.run("systemctl is-system-running --wait", check=False, within=300)
+        failed = (await host.agent.run("systemctl --failed --plain --no-legend")).stdout
+        self.timeline.note("test", f"{host.name} has booted; failed units: {failed.strip() or 'none'}")
+        self.say(f"{host.name} has booted")
+
+    async def _connect(self, host: Host) -> None:
+        assert self._nursery is not None, "use `connected`"
+        await self._nursery.start(self._hold, host)
+
+    async def _hold(self, host: Host, task_status: trio.TaskStatus[Agent]) -> None:
+        async with host.connected() as agent:
+            self.clocks.learn(agent.greeting)
+            task_status.started(agent)
+            await agent.lost.wait()
+
+    # Scenarios.
+
+    @contextmanager
+    def scenario(self, name: str) -> Iterator[Timeline]:
+        """A timeline of its own for the length of a block, below build/vm/NAME."""
+        before, self.timeline = self.timeline, Timeline(RECORDS / name, self.clocks)
+        marks = {path: path.stat().st_size for path in self._logs() if path.exists()}
+        try:
+            yield self.timeline
+        except BaseException as error:
+            self.timeline.note("test", f"FAILED: {type(error).__name__}: {error}")
+            raise
+        finally:
+            self._collect(marks)
+            self.timeline.finish()
+            self.timeline = before
+
+    def _logs(self) -> list[Path]:
+        kinds = ("console.log", "journal.json", "guest.log")
+        return [self.records / f"{host.name}.{kind}" for host in self.hosts for kind in kinds]
+
+    def _collect(self, marks: dict[Path, int]) -> None:
+        """Copy what came into the logs since `marks`, and tell the timeline of it."""
+        for path in self._logs():
+            data = path.read_bytes() if path.exists() else b""
+            start, host = marks.get(path, 0), path.name.partition(".")[0]
+            if self.timeline.folder != self.records:
+                (self.timeline.folder / path.name).write_bytes(data[start:])
+            if path.name.endswith("journal.json"):
+                self.timeline.add_journal(host, data[start:])
+            elif path.name.endswith("guest.log"):
+                self.timeline.add_console(host, data, start)
+
+
+@contextmanager
+def lab(
+    name: str = "lab", variant: Variant = PLAIN, say: Say = print, *, install: bool = True
+) -> Iterator[Lab]:
+    """A lab without power, with new disks. At its end nothing of it is left but build/vm/NAME.
+
+    Args:
+        name: of the folder for what is recorded.
+        variant: which kind of hosts.
+        say: told what is being done.
+        install: Curling is on the disks, as README's first step leaves it.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_alone(name, say))
+        yield stack.enter_context(_lab(name, variant, say, install))
+
+
+@contextmanager
+def _alone(name: str, say: Say) -> Iterator[None]:
+    """Wait for another lab that records under the same name."""
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    with (RECORDS / f".{name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another lab {name!r} is there; waiting for its end")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _lab(name: str, variant: Variant, say: Say, install: bool) -> Iterator[Lab]:
+    namespaces.remove_leftovers()
+    say("the image of the hosts, the wheels and the guest (minutes if they have to be made)")
+    second = payload()
+    booted = image(variant, installed(second) if install else None)
+    records = RECORDS / name
+    shutil.rmtree(records, ignore_errors=True)
+    sockets = namespaces.scratch_folder()
+    clocks = Clocks()
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, sockets, ignore_errors=True)
+        timeline = Timeline(records, clocks)
+        shared = sockets / "arbiter"
+        shared.mkdir()
+        client = stack.enter_context(_client(sockets))
+        stack.enter_context(switch(sockets, records, [*PORTS, f"{CLIENT_PORT}={client.namespace}"]))
+        with client.entered():
+            run(["ip", "link", "set", "lo", "up"])
+            run(["ip", "address", "add", f"{CLIENT_ADDRESS}/24", "dev", "eth0"])
+            run(["ip", "link", "set", "eth0", "up"])
+        pair = [
+            Host(name, number, booted, second.disk, sockets, records, shared, (TAP,))
+            for number, name in enumerate(("alpha", "beta"), 1)
+        ]
+        for host in pair:
+            host.make_disk()
+            stack.callback(host.close)
+        alpha, beta = pair
+        made = Lab(
+            alpha=alpha,
+            beta=beta,
+            client=client,
+            cables=Cables(sockets / "control.sock", lambda: made.timeline),
+            clocks=clocks,
+            timeline=timeline,
+            sockets=sockets,
+            shared=shared,
+            records=records,
+            say=say,
+        )
+        stack.callback(_finish, made)
+        yield made
+
+
+def _finish(made: Lab) -> None:
+    made._collect({})
+    made.timeline.finish()
+
+
+@contextmanager
+def _client(folder: Path) -> Iterator[namespaces.Host]:
+    namespace = f"curling-{os.getpid()}-{next(_serial)}-client"
+    host = namespaces.Host("client", namespace, CLIENT_ADDRESS, folder / "client")
+    host.directory.mkdir()
+    run(["ip", "netns", "add", namespace])
+    try:
+        yield host
+    finally:
+        host.kill_all()
+        run(["ip", "netns", "delete", namespace])

@@ -1,0 +1,86 @@
+"""What `curlingctl doctor` says on both hosts of what is really wrong with one, and what the journal says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .host import Host
+from .lab import Lab
+from .steps import VM
+
+
+async def findings(lab: Lab, host: Host) -> dict[str, dict[str, Any]]:
+    """What is not well, by check; each says what to do."""
+    done = await host.agent.run(["curlingctl", "--json", "doctor"], check=False, within=120)
+    checks = json.loads(done.stdout)["checks"]
+    found = {check["check"]: check for check in checks if check["status"] != "ok"}
+    assert all(check["remedy"] for check in found.values())
+    lab.timeline.note("test", f"doctor on {host.name}: {json.dumps(found, indent=1)}")
+    return found
+
+
+async def test_a_host_without_kvm_with_a_full_run_and_a_clock_years_off_is_named_on_both(lab: Lab) -> None:
+    await lab.afresh()
+    beta = lab.beta.agent
+    well = [await findings(lab, host) for host in lab.hosts]
+    assert not any(check["status"] == "failed" for found in well for check in found.values())
+    await beta.run("modprobe --remove kvm_amd kvm && test ! -e /dev/kvm")
+    await beta.run(
+        "dd if=/dev/zero of=/run/full bs=64k 2>/dev/null; test $(stat -fc %a /run) -lt 16", check=True
+    )
+    await beta.run("date --set='+3 years'")
+    try:
+        here, there = await findings(lab, lab.alpha), await findings(lab, lab.beta)
+    finally:
+        await beta.run("date --set='-3 years'; rm -f /run/full; modprobe kvm_amd")
+    assert "kvm" in there
+    assert "kvm on beta" in here
+    assert there["runtime directory"]["status"] == here["runtime directory on beta"]["status"] == "failed"
+    assert here["clocks"]["status"] == there["clocks"]["status"] == "failed"
+    assert [await findings(lab, host) for host in lab.hosts] == well
+
+
+async def test_a_peers_port_that_something_else_has_is_named_on_both_hosts(lab: Lab) -> None:
+    await lab.afresh()
+    beta = lab.beta.agent
+    await beta.run("systemctl stop curlingd.service")
+    squatter = [
+        "systemd-run",
+        "--unit=squatter",
+        "python3",
+        "-m",
+        "http.server",
+        "--bind",
+        "192.0.2.2",
+        "9271",
+    ]
+    await beta.run(squatter)
+    try:
+        await beta.run("while ! ss -Hltn | grep -q :9271; do sleep 0.2; done")
+        here = await findings(lab, lab.alpha)
+        assert here["peer"]["vm"] == VM
+        assert "192.0.2.2:9271" in here["peer"]["message"]
+        await beta.run("systemctl start --no-block curlingd.service")
+        journal = "journalctl --boot --unit=curlingd --output=cat --follow --lines=all"
+        journal += " --grep='cannot listen' | head -n1"
+        told = (await beta.run(journal, within=60)).stdout
+        assert "192.0.2.2:9271" in told
+        assert "Address already in use" in told
+    finally:
+        await beta.run("systemctl stop squatter; systemctl reset-failed; systemctl restart curlingd.service")
+    assert "peer" not in await findings(lab, lab.alpha)
+
+
+async def test_what_happened_is_in_the_journal_with_fields_and_an_explanation(lab: Lab) -> None:
+    await lab.protected()
+    journal = f"journalctl --boot --output=json CURLING_VM={VM} CURLING_EVENT=committed"
+    lines = (await lab.alpha.agent.run(journal)).stdout.splitlines()
+    entry = json.loads(lines[-1])
+    assert entry["CURLING_STATE"] == "protected"
+    assert entry["SYSLOG_IDENTIFIER"] == "curlingd"
+    assert entry["CURLING_GENERATION"] == str((await lab.show(lab.alpha))["generation"])
+    explained = f"journalctl --boot -x --lines=all MESSAGE_ID={entry['MESSAGE_ID']}"
+    told = (await lab.alpha.agent.run(explained)).stdout
+    assert "-- Subject:" in told
+    assert "-- Defined-By: curling" in told

@@ -1,0 +1,103 @@
+"""From the installed service to a guest that outlives its host."""
+
+from __future__ import annotations
+
+import json
+from contextlib import aclosing
+from typing import Any
+
+import trio
+
+from . import readme
+from .lab import Lab
+from .steps import GUEST_ADDRESS, VM
+
+_COMMITTED = 20
+_GOES_ON = 20
+
+#: Milliseconds: `longest_epoch` by default, and the shortest interval of `curlingctl watch`.
+_EPOCH = 100
+_INTERVAL = 100
+
+
+async def test_the_installed_service_starts_by_socket_activation_at_the_first_curlingctl_call(
+    lab: Lab,
+) -> None:
+    await lab.alpha.agent.run("systemctl disable --now curlingd.socket curlingd.service", check=False)
+    only_the_socket = {"curlingd.socket curlingd.service": "curlingd.socket"}
+    await lab.script(lab.alpha, readme.block("sh", "systemctl enable", only_the_socket))
+    states = "systemctl is-active curlingd.socket curlingd.service"
+    before = (await lab.alpha.agent.run(states, check=False)).stdout.split()
+    assert before == ["active", "inactive"]
+    assert VM in await lab.ctl(lab.alpha, "list")
+    after = (await lab.alpha.agent.run(states)).stdout.split()
+    assert after == ["active", "active"]
+
+
+async def test_doctor_is_green_on_both_hosts(lab: Lab) -> None:
+    await lab.ready()
+    for host in lab.hosts:
+        await lab.ctl(host, "doctor")
+        checks = json.loads((await host.agent.run("curlingctl --json doctor")).stdout)["checks"]
+        assert [check for check in checks if check["status"] == "failed"] == []
+        assert {check["check"] for check in checks if check["status"] == "ok"} >= {"kvm", "arbiter", "peer"}
+
+
+async def test_a_kvm_guest_is_protected_with_the_incremental_engine_and_checkpointed(lab: Lab) -> None:
+    await lab.protected()
+    shown = await lab.committed(lab.alpha, _COMMITTED)
+    assert (shown["engine"], shown["accelerator"]) == ("incremental", "kvm")
+    assert shown["qemu_version"].startswith("10.0.")
+    seen = lab.alpha.guest_console.rounds()[-1]
+    later = await lab.alpha.guest_console.wait_round(seen.number + _GOES_ON)
+    assert later.corrupt == 0
+
+
+async def test_a_client_outside_both_hosts_reaches_the_guest(lab: Lab) -> None:
+    await lab.protected()
+    ping = lab.client.popen(["ping", "-c", "1", "-W", "30", GUEST_ADDRESS])
+    assert await trio.to_thread.run_sync(ping.wait) == 0
+
+
+async def test_the_primarys_host_loses_power_and_the_guest_goes_on_at_the_backup(lab: Lab) -> None:
+    await lab.protected()
+    generation = (await lab.show(lab.alpha))["generation"]
+    start = len(lab.beta.guest_console.lines())
+
+    told = await _watched_until_power_is_lost(lab, _COMMITTED)
+    assert lab.alpha.pid is None
+
+    first = await lab.beta.guest_console.wait_round(0, start=start, within=60)
+    last = lab.alpha.guest_console.rounds()[-1]
+    lab.timeline.note("guest", f"last on alpha: {last}; first on beta: {first}")
+    assert first.number > 1, "the guest was started anew"
+
+    # What the guest does not remember, by its own clock: no more than the age of the newest commit, as alpha
+    # said it last, and what went by until alpha could say no more.
+    back = last.uptime_ms - first.uptime_ms
+    allowed = max(one["statistics"]["lag_ms"] for one in told) + _INTERVAL + _EPOCH
+    lab.timeline.note("guest", f"it went back by {back} ms at most; {allowed:.0f} ms were allowed")
+    assert back <= allowed
+
+    shown = await lab.wait_state(lab.beta, "active", "connecting", "unprotected")
+    assert shown["generation"] == generation + 1
+    assert shown["statistics"]["committed"] >= told[-1]["statistics"]["committed"], "alpha promised more"
+    claim = json.loads((lab.shared / f"{VM}.generation.{generation + 1}").read_text())
+    assert claim["host"] == "beta"
+
+    after = await lab.beta.guest_console.wait_round(last.number + _GOES_ON, start=start)
+    assert after.corrupt == 0
+
+
+async def _watched_until_power_is_lost(lab: Lab, count: int) -> list[dict[str, Any]]:
+    """Take alpha's power when it has committed `count` more checkpoints; what it said of the VM before."""
+    told: list[dict[str, Any]] = []
+    watch = ["curlingctl", "--json", "watch", VM, "--interval", f"{_INTERVAL}ms"]
+    async with lab.alpha.agent.start(watch) as running:
+        async with aclosing(running.lines()) as lines:
+            async for line in lines:
+                told += json.loads(line)["vms"]
+                if told[-1]["statistics"]["committed"] >= told[0]["statistics"]["committed"] + count:
+                    break
+        await lab.lose_power(lab.alpha)
+    return told[-20:]
