@@ -172,13 +172,18 @@ async def _pause_by_monitor(here: Stage, operator: QmpClient, chance: random.Ran
 
 
 def _overlaps(events: list[Event], start: int, end: int) -> bool:
-    """Whether `events` tell of a stop that was not over at `start`, and had begun at `end`."""
-    stopped = start
+    """Whether `events` tell of a stop that was not over at `start`, and had begun at `end`.
+
+    QEMU says STOP when all CPUs stand still, on a busy host milliseconds after it began to stop them: a stop
+    counts from the event before it.
+    """
+    began = before = start
     for event in events:
         if event.name == "STOP":
-            stopped = event.timestamp_us
-        elif event.name == "RESUME" and stopped <= end and start <= event.timestamp_us:
+            began = before
+        elif event.name == "RESUME" and began <= end and start <= event.timestamp_us:
             return True
+        before = event.timestamp_us
     return False
 
 
