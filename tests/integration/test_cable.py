@@ -50,12 +50,14 @@ async def cables(tmp_path: Path) -> AsyncIterator[Cables]:
 
 
 @asynccontextmanager
-async def ends(tmp_path: Path) -> AsyncIterator[list[End]]:
+async def ends(cables: Cables, tmp_path: Path) -> AsyncIterator[list[End]]:
     """Everybody connected, and known to the switch."""
     names = ["one", "two", "three"]
     streams = [await trio.open_unix_socket(str(tmp_path / f"net.{name}.sock")) for name in names]
     found = [End(stream, number) for number, stream in enumerate(streams, 1)]
-    # A frame to all from each: now the switch has taken the connections, and knows who is where.
+    while not all(port["connected"] for port in (await cables.statistics()).values()):
+        pass
+    # A frame to all from each: now the switch knows who is where.
     for end in found:
         await end.send(ALL, b"hello")
         for other in found:
@@ -67,7 +69,7 @@ async def ends(tmp_path: Path) -> AsyncIterator[list[End]]:
 
 
 async def test_a_frame_goes_to_whom_it_is_for_and_to_nobody_else(cables: Cables, tmp_path: Path) -> None:
-    async with ends(tmp_path) as (one, two, three):
+    async with ends(cables, tmp_path) as (one, two, three):
         await one.send(two.address, b"to two")
         await one.send(ALL, b"to all")
         assert [await two.receive(), await two.receive()] == [b"to two", b"to all"]
@@ -77,7 +79,7 @@ async def test_a_frame_goes_to_whom_it_is_for_and_to_nobody_else(cables: Cables,
 async def test_nothing_passes_a_port_that_is_cut_and_what_is_lost_is_counted(
     cables: Cables, tmp_path: Path
 ) -> None:
-    async with ends(tmp_path) as (one, two, three):
+    async with ends(cables, tmp_path) as (one, two, three):
         await cables.cut("net.two")
         await one.send(two.address, b"lost")
         await two.send(one.address, b"lost as well")
@@ -92,7 +94,7 @@ async def test_nothing_passes_a_port_that_is_cut_and_what_is_lost_is_counted(
 
 
 async def test_a_delay_holds_frames_back_and_keeps_their_order(cables: Cables, tmp_path: Path) -> None:
-    async with ends(tmp_path) as (one, two, _):
+    async with ends(cables, tmp_path) as (one, two, _):
         await cables.set("net.two", delay=0.2)
         started = trio.current_time()
         for number in range(5):
@@ -102,7 +104,7 @@ async def test_a_delay_holds_frames_back_and_keeps_their_order(cables: Cables, t
 
 
 async def test_a_rate_bounds_what_passes_in_a_second(cables: Cables, tmp_path: Path) -> None:
-    async with ends(tmp_path) as (one, two, _):
+    async with ends(cables, tmp_path) as (one, two, _):
         await cables.set("net.two", rate=10_000)
         started = trio.current_time()
         for _ in range(4):
@@ -112,7 +114,7 @@ async def test_a_rate_bounds_what_passes_in_a_second(cables: Cables, tmp_path: P
 
 
 async def test_what_passed_is_recorded(cables: Cables, tmp_path: Path) -> None:
-    async with ends(tmp_path) as (one, two, _):
+    async with ends(cables, tmp_path) as (one, two, _):
         await one.send(two.address, b"for the record")
         await two.receive()
         await cables.statistics()

@@ -93,6 +93,11 @@ class Port:
     _free_at: float = 0.0
     _news: trio.Event = field(factory=trio.Event)
 
+    def report(self) -> dict[str, Any]:
+        """What `control` answers of it."""
+        connected = {"connected": self.write is not None}
+        return {**asdict(self.behaviour), **asdict(self.statistics), **connected}
+
     def due(self, frame: bytes) -> float:
         """When a frame that enters this port's cable now is at its other end."""
         start = max(trio.current_time(), self._free_at)
@@ -219,9 +224,7 @@ async def control(stream: trio.SocketStream, ports: dict[str, Port]) -> None:
             if name := request.pop("port", None):
                 for key, value in request.items():
                     setattr(ports[name].behaviour, key, value)
-            answer = {
-                port.name: {**asdict(port.behaviour), **asdict(port.statistics)} for port in ports.values()
-            }
+            answer = {port.name: port.report() for port in ports.values()}
             for port in ports.values():
                 port.recorder.flush()
             await stream.send_all(json.dumps(answer).encode() + b"\n")

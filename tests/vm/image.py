@@ -19,6 +19,8 @@ from tests.lab.initramfs import pack
 from tests.lab.kernel import Kernel, module_files, unpack_image
 from tests.lab.roots import qemu_root
 
+from .tidy import in_use
+
 _HERE = Path(__file__).parent
 _FILES = _HERE / "host_files"
 _DISK_BYTES = 6 << 30
@@ -113,7 +115,8 @@ def image(variant: Variant = PLAIN, install: Install | None = None) -> Image:
     )
     wanted = (install.key, install.script, install.cwd, *install.environment) if install else ()
     key = f"vm/{variant.name}-{digest(root.name, *inputs, *wanted, *_MADE_BY)}"
-    folder = made(key, lambda target: _make_image(root, target, sources, variant.finish, install))
+    with in_use(root):
+        folder = made(key, lambda target: _make_image(root, target, sources, variant.finish, install))
     return Image(folder / "disk.raw", folder / "vmlinux", folder / "initrd", variant.cmdline)
 
 

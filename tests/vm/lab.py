@@ -35,6 +35,7 @@ from .host import Host
 from .image import PLAIN, Variant, image
 from .payload import ROOT, payload
 from .steps import GUEST_UNIT, PIP, TAP, VM, configuration, guest_command, installed
+from .tidy import in_use, tidy
 from .timeline import Clocks, Timeline
 
 CLIENT_ADDRESS = "198.51.100.100"
@@ -199,7 +200,13 @@ class Lab:
             states = [await self._state(host) for host in self.hosts]
             if states == ["protected", "standby"]:
                 return
+            guest = await self.alpha.agent.run("systemctl is-active lab-guest", check=False)
+            if states == ["idle", "idle"] and guest.status == 0:
+                return await self._protect()
         await self.afresh()
+        await self._protect()
+
+    async def _protect(self) -> None:
         self.say(f"curlingctl protect {VM}")
         await self.ctl(self.alpha, "protect", VM)
 
@@ -330,6 +337,8 @@ def _lab(name: str, variant: Variant, say: Say, install: bool) -> Iterator[Lab]:
     clocks = Clocks()
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, sockets, ignore_errors=True)
+        stack.enter_context(in_use(booted.disk.parent, second.disk.parent))
+        tidy()
         timeline = Timeline(records, clocks)
         shared = sockets / "arbiter"
         shared.mkdir()
