@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -97,6 +98,17 @@ class Stage:
         assert max(report.corrupt for report in [*self.vm.rounds(), *self.console.rounds()]) == 0
         assert after.uptime_ms > first.uptime_ms
         return first
+
+
+async def wait_gone(pid: int) -> None:
+    """Wait until the process has ended."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    with trio.fail_after(SYNC):
+        await trio.lowlevel.wait_readable(fd)
+    os.close(fd)
 
 
 @asynccontextmanager

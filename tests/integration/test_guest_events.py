@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import signal
 import time
@@ -16,7 +15,7 @@ import trio
 from curling_fd.qmp.client import EventStream, QmpClient, open_qmp
 from curling_fd.qmp.protocol import Event
 from curling_fd.varlink.client import Client
-from tests.integration.stage import ROUND, SYNC, VM, Stage, stage
+from tests.integration.stage import ROUND, SYNC, VM, Stage, stage, wait_gone
 from tests.lab.guests import BootSectorGuest, Guest, LinuxGuest
 from tests.lab.roots import Executable
 from tests.lab.vm import LabVm
@@ -260,7 +259,7 @@ async def test_a_guest_that_was_paused_between_snapshots_stays_so_when_the_daemo
             guards = here.alpha.pids() - {here.primary.process.pid, operator.pid}
             here.primary.kill()
             for pid in guards:
-                await gone(pid)
+                await wait_gone(pid)
             assert await operator.status() == "paused"
 
 
@@ -336,17 +335,6 @@ async def test_a_guest_that_panics_has_not_failed(unstable_qemu: Executable, ext
         await here.vm.send("c")
         await ends_cleanly(here, before, "panicked")
         await has_ended(here)
-
-
-async def gone(pid: int) -> None:
-    """Wait until the process has ended."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    with trio.fail_after(SYNC):
-        await trio.lowlevel.wait_readable(pidfd)
-    os.close(pidfd)
 
 
 async def has_ended(here: Stage) -> None:

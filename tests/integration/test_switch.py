@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
@@ -13,7 +12,7 @@ from curling_fd.ctl.exit_codes import ExitCode
 from curling_fd.errors import DaemonUnreachable, NotProtected, PeerRefused
 from curling_fd.qmp.client import GREETING_TIMEOUT
 from curling_fd.varlink.client import Client
-from tests.integration.stage import SYNC, VM, stage
+from tests.integration.stage import SYNC, VM, stage, wait_gone
 from tests.lab.cluster import Node
 from tests.lab.console import Console
 from tests.lab.guests import LinuxGuest
@@ -58,17 +57,6 @@ async def happened(node: Node, event: str) -> float:
                 if reply["event"]["event"] == event:
                     return float(reply["event"]["time"])
     raise AssertionError("the journal does not end")
-
-
-async def wait_gone(pid: int) -> None:
-    """Wait until the process has ended."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    with trio.fail_after(SYNC):
-        await trio.lowlevel.wait_readable(fd)
-    os.close(fd)
 
 
 @pytest.mark.parametrize("arbiter", ["manual", "file"])
