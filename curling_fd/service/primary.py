@@ -96,7 +96,7 @@ class PrimarySession:
         self._counters = counters
         self._options = options
         self._callbacks = callbacks
-        self._pass = PassShipper(link, options.generation, callbacks.progress)
+        self._pass: PassShipper | None = None
         self._pool = BufferPool("curling-capture", options.buffers, options.max_checkpoint)
         self._flights: deque[tuple[int, Captured]] = deque()
         self._pulse = Pulse(link, options.generation, options.heartbeat_interval, options.failure_timeout)
@@ -145,7 +145,7 @@ class PrimarySession:
             await self._explain(error)
             raise
         finally:
-            self._pass.close()
+            self._end_pass()
             self._pool.close()
             while self._flights:
                 self._flights.popleft()[1].buffer.close()
@@ -222,9 +222,15 @@ class PrimarySession:
         started = trio.current_time()
         whole = Window.PRECOPY if self._window is Window.LOOP else self._window
         self.stops.window_opens(whole, _now_us(), counting=False)
+        self._pass = PassShipper(self._link, self._generation, self._callbacks.progress)
         await self._engine.first_pass(self._pass)
         await self._guest_started()
         self._counters.first_pass_ms = (trio.current_time() - started) * 1000
+
+    def _end_pass(self) -> None:
+        if self._pass is not None:
+            self._pass.close()
+            self._pass = None
 
     async def _capture_all(self, channel: trio.MemorySendChannel[tuple[int, Captured]]) -> Finish:
         boundary = trio.current_time() - self._options.pace.longest
@@ -382,7 +388,7 @@ class PrimarySession:
             match header.kind:
                 case Kind.HEARTBEAT:
                     pass
-                case Kind.BULK_ACK:
+                case Kind.BULK_ACK if self._pass is not None:
                     self._pass.acknowledged(header.sequence)
                 case Kind.ACK:
                     self._acknowledged(header.sequence)
@@ -416,6 +422,7 @@ class PrimarySession:
         self._committed = sequence
         self._counters.commit(sequence)
         if sequence == 1:
+            self._end_pass()
             self._callbacks.committed()
         self._stir()
 

@@ -1,9 +1,9 @@
 """Memory that has an fd: memfds, mapped once, pooled and reused.
 
 A checkpoint is read into such a buffer and leaves it by `sendfile`, arrives in another by `splice`. First
-use of a page costs several times its copying, so buffers are kept, and a start is made with their first
-megabytes already touched. A pool never makes more buffers than it was allowed, and none grows past its
-capacity: that is where invariant I6 (memory is bounded) stands.
+use of a page costs several times its copying, so buffers are made beforehand, their first megabytes already
+touched, and kept. A pool makes no more of them later, and none grows past its capacity: that is where
+invariant I6 (memory is bounded) stands.
 """
 
 from __future__ import annotations
@@ -89,17 +89,23 @@ class PoolStatistics:
 
 
 class BufferPool:
-    """At most `count` buffers of `capacity` bytes each, made when first needed.
+    """`count` buffers of `capacity` bytes each.
 
     Waiting in `acquire` is the backpressure of the whole data path: no free buffer, no checkpoint.
     """
 
     def __init__(self, name: str, count: int, capacity: int) -> None:
-        self._name = name
-        self._count = count
-        self._capacity = capacity
+        self._limit = count * _whole_pages(capacity)
         self._all: list[Buffer] = []
         self._free: deque[Buffer] = deque()
+        try:
+            while len(self._all) < count:
+                self._all.append(Buffer(name, capacity))
+        except BaseException:
+            for buffer in self._all:
+                buffer.close()
+            raise
+        self._free.extend(self._all)
         self._returned = trio.lowlevel.ParkingLot()
         self._closed = False
 
@@ -107,9 +113,6 @@ class BufferPool:
         """A free buffer, the one used last first, for its pages are warm. Waits while there is none."""
         await trio.lowlevel.checkpoint()
         while not self._free:
-            if len(self._all) < self._count:
-                self._all.append(buffer := Buffer(self._name, self._capacity))
-                return buffer
             await self._returned.park()
         return self._free.pop()
 
@@ -128,7 +131,7 @@ class BufferPool:
             buffers=len(self._all),
             free=len(self._free),
             allocated=sum(buffer.allocated() for buffer in self._all if buffer.fd >= 0),
-            limit=self._count * _whole_pages(self._capacity),
+            limit=self._limit,
         )
 
     def close(self) -> None:

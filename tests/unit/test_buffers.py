@@ -97,15 +97,16 @@ def test_a_name_as_long_as_a_ram_block_may_have_does_no_harm() -> None:
     Buffer("curling-" + "\N{SNOWMAN}" * 255, PAGE).close()
 
 
-async def test_a_pool_makes_buffers_when_they_are_needed_and_no_more_than_it_may() -> None:
+async def test_a_pool_makes_its_buffers_beforehand_and_no_more_later() -> None:
     pool = BufferPool("test", 3, MIB)
-    assert pool.statistics().buffers == 0
+    assert pool.statistics().buffers == pool.statistics().free == 3
+    before = open_fds()
     held = [await pool.acquire() for _ in range(3)]
-    assert pool.statistics().buffers == 3
     with trio.move_on_after(0) as scope:
         await pool.acquire()
     assert scope.cancelled_caught
     assert len({buffer.fd for buffer in held}) == 3
+    assert open_fds() == before
     for buffer in held:
         pool.release(buffer)
     assert pool.statistics().free == 3
