@@ -45,6 +45,8 @@ class Message(Enum):
     OFFER_REFUSED = "b1bd035b74b34450a269a35bf3a72878"
     NOT_REMEMBERED = "189f707979544a3cba4b33a8aa35e241"
     CANNOT_START = "bcc2116c61c74246ab5685d328331c54"
+    TAKEN_UP = "b579561b8c9a47ba8cc826e4f8a6ac72"
+    LIMIT_RAISED = "4f121d29bf5a444fa1e9bf8222d4d958"
 
 
 S, E, M = State, Event, Message
@@ -85,6 +87,8 @@ _RULES: tuple[tuple[str, State | None, State | None, Message], ...] = (
     (E.REFUSED, S.PREPARING, S.IDLE, M.OFFER_REFUSED),
     (E.REFUSED, None, None, M.OFFER_REFUSED),
     ("not-remembered", None, None, M.NOT_REMEMBERED),
+    ("taken-up", None, None, M.TAKEN_UP),
+    ("limit-raised", None, None, M.LIMIT_RAISED),
 )
 
 

@@ -13,12 +13,16 @@ from attrs import define, field
 
 from tests.lab.console import Console
 from tests.lab.debs import run
+from tests.lab.roots import qemu_binary
 
 from .control import Agent, connected
 from .image import Image
 
 _POLL_SECONDS = 0.02
 _CPUS = 2
+
+#: A QEMU that has closed its sockets is gone within this.
+_END_SECONDS = 5.0
 
 
 @define(eq=False)
@@ -113,6 +117,23 @@ class Host:
         assert not Path(f"/proc/{pid}").exists()
         return f"{self.name} lost its power: process {pid} was killed (wait status {status}) and is gone"
 
+    def own_end(self) -> str | None:
+        """How the machine ended by itself, a reset included, or None if it lost its power.
+
+        To be asked when the line to its agent is lost.
+        """
+        if self._process is None:
+            return None
+        try:
+            status = self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"{self.name} runs without its agent"
+        if status == -signal.SIGKILL:
+            return None
+        log = self.records / f"{self.name}.cpu.log"
+        last = log.read_text(errors="replace")[-2000:] if log.exists() else ""
+        return f"{self.name} ended by itself (wait status {status}); the end of {log.name}:\n{last}"
+
     def close(self) -> None:
         """End the machine, if it runs."""
         if self._process is not None:
@@ -146,7 +167,8 @@ class Host:
             f"lab.eth0={self.link_address}/24 lab.br0={self.front_address}/24 "
             f"lab.taps={','.join(self.taps)} {self.image.cmdline}"
         )
-        command = ["qemu-system-x86_64", "-name", f"lab-{self.name}", "-nodefaults", "-no-user-config"]
+        # One version wherever the lab runs: what is emulated here is a CPU that runs guests of its own.
+        command = [*qemu_binary("trixie").argv, "-name", f"lab-{self.name}", "-nodefaults", "-no-user-config"]
         command += ["-display", "none", "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512"]
         command += ["-cpu", "EPYC,+svm", "-smp", str(_CPUS), "-m", self.memory, "-no-reboot"]
         command += ["-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd), "-append", cmdline]
@@ -172,6 +194,7 @@ class Host:
             stream = f"stream,id={network},server=off,addr.type=unix,addr.path={path}"
             mac = f"52:54:00:00:{index:02x}:{self.number:02x}"
             command += ["-netdev", stream, "-device", f"virtio-net-pci,netdev={network},mac={mac}"]
+        command += ["-d", "cpu_reset", "-D", str(self.records / f"{self.name}.cpu.log")]
         share = f"local,path={self.shared},mount_tag=arbiter,security_model=mapped-xattr"
         command += ["-virtfs", share, "-qmp", f"unix:{self._qmp_socket},server=on,wait=off"]
         return command

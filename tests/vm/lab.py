@@ -260,6 +260,9 @@ class Lab:
             self.clocks.learn(agent.greeting)
             task_status.started(agent)
             await agent.lost.wait()
+            if (end := host.own_end()) is not None:
+                self.say(end)
+                self.timeline.note("test", end)
 
     # Scenarios.
 
