@@ -21,6 +21,7 @@
     |-- PrecheckFailed            found out before the guest was touched
     |   |-- MigrationBlocked, WritableDisk, MachineMismatch, HostsDisagree, NotEnoughMemory
     |   |-- StandbyFailed, CannotDerive, EngineUnavailable, GuestNotRunning, InsecurePeer
+    |   |-- CannotHold            packets of a network card cannot be held back
     |-- LinkError                 between the two daemons
     |   |-- PeerUnreachable, PeerIncompatible, PeerRefused
     |   |-- LinkLost              it worked and then stopped working
@@ -28,6 +29,7 @@
     |   `-- StaleGeneration       the VM has been taken over since
     |-- CaptureError              a checkpoint could not be taken
     |   |-- CheckpointTooLarge, CheckpointTimeout, EngineFailed
+    |-- OutputError             the guest's packets could not be held, or let out
     |-- ArbiterError
     |   |-- ArbiterLost           somebody else may run the VM
     |   `-- ArbiterUnavailable    the arbiter did not answer: nobody may
@@ -218,6 +220,14 @@ class WritableDisk(PrecheckFailed):
 
 
 @define(auto_exc=True, slots=False, str=False, eq=False)
+class CannotHold(PrecheckFailed):
+    """`nic` is the network card, or what is behind it, as QEMU calls it."""
+
+    nic: str
+    why: str
+
+
+@define(auto_exc=True, slots=False, str=False, eq=False)
 class MachineMismatch(PrecheckFailed):
     """`what` (machine type, QEMU version, ...) is `primary` there and `backup` here."""
 
@@ -342,6 +352,15 @@ class EngineFailed(CaptureError):
     why: str
 
 
+@define(auto_exc=True, slots=False, str=False, eq=False)
+class OutputError(CurlingError):
+    """`what` is the interface or the object that `why` is about."""
+
+    what: str
+    why: str
+
+
+@define(auto_exc=True, slots=False, str=False, eq=False)
 class ArbiterError(CurlingError):
     """Something about who may run the VM."""
 

@@ -199,6 +199,17 @@ _WORDS: dict[type[errors.CurlingError], tuple[str, str]] = {
         "The engine {engine} failed: {why}.",
         "With engine = \"auto\" another is tried by itself; 'curlingctl show' says which is in use and why.",
     ),
+    # Output
+    errors.CannotHold: (
+        "The packets of {nic} cannot be held back until they are safe: {why}.",
+        'Give the VM a network card on a tap (with vhost or without), or set output = "none" in its file: '
+        "then clients may see what a failover undoes.",
+    ),
+    errors.OutputError: (
+        "The guest's packets at {what} could not be held or let out: {why}.",
+        "Look at {what} ('ip -d link', 'tc -s qdisc'); once it is as it should be, the VM is protected again "
+        "by itself.",
+    ),
     # Who may run
     errors.ArbiterError: (
         "Who may run the VM could not be settled.",

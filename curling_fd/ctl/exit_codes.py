@@ -66,6 +66,7 @@ _CODES: dict[type[CurlingError], ExitCode] = {
     errors.PrecheckFailed: ExitCode.PRECHECK,
     errors.LinkError: ExitCode.PEER,
     errors.CaptureError: ExitCode.CAPTURE,
+    errors.OutputError: ExitCode.CAPTURE,
     errors.ArbiterError: ExitCode.ARBITER,
     errors.SessionEnd: ExitCode.ENDED,
 }

@@ -391,7 +391,7 @@ class PrimarySession:
                 case Kind.BULK_ACK if self._pass is not None:
                     self._pass.acknowledged(header.sequence)
                 case Kind.ACK:
-                    self._acknowledged(header.sequence)
+                    await self._acknowledged(header.sequence)
                 case Kind.REST:
                     if self._restarting:  # nobody waits for the other
                         self.peer_rests = True
@@ -413,12 +413,12 @@ class PrimarySession:
                 case _:
                     raise FrameError(f"a {header.kind.name} frame, which a backup does not send now")
 
-    def _acknowledged(self, sequence: int) -> None:
+    async def _acknowledged(self, sequence: int) -> None:
         if not self._flights or self._flights[0][0] != sequence:
             raise FrameError(f"an acknowledgement of checkpoint {sequence}, which was not due")
         _, captured = self._flights.popleft()
         self._pool.release(captured.buffer)
-        self._output.release(sequence)
+        await self._output.release(sequence)
         self._committed = sequence
         self._counters.commit(sequence)
         if sequence == 1:

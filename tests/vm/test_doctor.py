@@ -20,11 +20,15 @@ async def findings(lab: Lab, host: Host) -> dict[str, dict[str, Any]]:
     return found
 
 
+async def failures(lab: Lab, host: Host) -> set[str]:
+    """The checks that failed. A warning there may be: a lab host's clock is set to a second, by its start."""
+    return {name for name, found in (await findings(lab, host)).items() if found["status"] == "failed"}
+
+
 async def test_a_host_without_kvm_with_a_full_run_and_a_clock_years_off_is_named_on_both(lab: Lab) -> None:
     await lab.afresh()
     beta = lab.beta.agent
-    well = [await findings(lab, host) for host in lab.hosts]
-    assert not any(check["status"] == "failed" for found in well for check in found.values())
+    assert [await failures(lab, host) for host in lab.hosts] == [set(), set()]
     await beta.run("modprobe --remove kvm_amd kvm && test ! -e /dev/kvm")
     await beta.run(
         "dd if=/dev/zero of=/run/full bs=64k 2>/dev/null; test $(stat -fc %a /run) -lt 16", check=True
@@ -38,7 +42,7 @@ async def test_a_host_without_kvm_with_a_full_run_and_a_clock_years_off_is_named
     assert "kvm on beta" in here
     assert there["runtime directory"]["status"] == here["runtime directory on beta"]["status"] == "failed"
     assert here["clocks"]["status"] == there["clocks"]["status"] == "failed"
-    assert [await findings(lab, host) for host in lab.hosts] == well
+    assert [await failures(lab, host) for host in lab.hosts] == [set(), set()]
 
 
 async def test_a_peers_port_that_something_else_has_is_named_on_both_hosts(lab: Lab) -> None:
