@@ -108,6 +108,12 @@ class DaemonConfig:
         "After this long without a word from it the other host is suspected to be lost. Longer than any "
         "pause the network or an overloaded host can make.",
     )
+    stop_limit: float = key(
+        Duration(0.1, 300),
+        "2s",
+        "A guest never stands still for one checkpoint longer than this: then the checkpoint is given up, "
+        "and the guest runs on unprotected until the next first pass.",
+    )
 
 
 @frozen

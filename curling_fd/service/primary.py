@@ -53,6 +53,9 @@ _QEMU_LAST_WORDS = 1.0
 #: Seconds within which QEMU, asked to let the guest go on, says that it does.
 _START_LIMIT = 10.0
 
+#: Microseconds by which the wall clock may drift, or be slewed, between two looks.
+_CLOCK_STEP_US = 50_000
+
 #: Seconds the backup may take to load a handed-over VM and run it.
 HANDOVER_TIMEOUT = 15.0
 
@@ -100,6 +103,7 @@ class PrimarySession:
         self._pool = BufferPool("curling-capture", options.buffers, options.max_checkpoint)
         self._flights: deque[tuple[int, Captured]] = deque()
         self._pulse = Pulse(link, options.generation, options.heartbeat_interval, options.failure_timeout)
+        self._clock_ahead = _clock_ahead_us()
         self.peer_rests = False
         self._rest_asked = False
         self._sequence = self._committed = inherited
@@ -288,6 +292,7 @@ class PrimarySession:
         """Take the next checkpoint; the guest runs again when this returns, unless `resume` is False."""
         sequence = self._sequence + 1
         self._capture_began = trio.current_time()
+        self._look_at_clock()
         self.stops.window_opens(self._window, _now_us())
         try:
             captured = await self._engine.checkpoint(
@@ -437,11 +442,19 @@ class PrimarySession:
             self._guest_end = ended
             self._callbacks.ended()
             raise GuestEnded(ended)
+        self._look_at_clock()
         run_state = await self._qmp.status() if self.stops.must_look(event) else None
         changed = self.stops.feed(event, run_state)
         self._stir()
         if changed:
             self._tell_paused()
+
+    def _look_at_clock(self) -> None:
+        """Notice that the clock by which QEMU stamps its events has been set."""
+        ahead = _clock_ahead_us()
+        step, self._clock_ahead = ahead - self._clock_ahead, ahead
+        if abs(step) > _CLOCK_STEP_US:
+            self.stops.clock_stepped(step)
 
     async def _explain(self, error: Exception) -> None:
         """Look whether QEMU's end is behind `error`, and raise that instead."""
@@ -470,3 +483,8 @@ def how_it_ended(event: Event) -> str | None:
 
 def _now_us() -> int:
     return time.time_ns() // 1000
+
+
+def _clock_ahead_us() -> int:
+    """How far the wall clock is ahead of one that nobody can set, microseconds."""
+    return (time.time_ns() - time.monotonic_ns()) // 1000

@@ -6,7 +6,6 @@ session decides what follows; the table in `failover.states` says which state th
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -58,8 +57,6 @@ from curling_fd.service.statistics import Counters
 from curling_fd.system import systemd
 from curling_fd.units import format_size
 
-_logger = logging.getLogger("curling")
-
 #: Seconds between attempts: from the first to the last of these.
 _RETRY = (0.5, 10.0)
 
@@ -69,12 +66,8 @@ REST_WAIT = 5.0
 #: Seconds between two questions to an arbiter, or a peer, that did not answer.
 _ASK_AGAIN = 1.0
 
-#: The guest may stand still for one checkpoint this long, in seconds, before the checkpoint is given up.
-STOP_LIMIT = 2.0
-
-
-#: Seconds after which a checkpoint that is still being taken means that this daemon is broken: the slowest
-#: engine gives QEMU 10 s of silence, and 10 s more to finish.
+#: Seconds beyond stop_limit after which a checkpoint that is still being taken means that this daemon is
+#: broken: the slowest engine gives QEMU 10 s of silence, and 10 s more to finish.
 _STUCK = 30.0
 
 
@@ -109,7 +102,8 @@ class Protector:
     @property
     def stuck(self) -> bool:
         """A checkpoint has been under way for so long that its own limits must have failed."""
-        return self._session is not None and self._session.capturing_for() > _STUCK
+        limit = _STUCK + self._record.host.config.stop_limit
+        return self._session is not None and self._session.capturing_for() > limit
 
     async def protect(self) -> None:
         """Start protecting; returns when the backup holds the first whole checkpoint.
@@ -214,7 +208,7 @@ class Protector:
             self._session.end("the daemon on the primary stops")
         elif self._loop is not None:
             self._loop.cancel()
-        with trio.move_on_after(STOP_LIMIT * 2):
+        with trio.move_on_after(self._record.host.config.stop_limit * 2):
             await self._idle.wait()
 
     async def yield_to(self, generation: int, host: str) -> None:
@@ -423,7 +417,7 @@ class Protector:
         record, config = self._record, self._record.config
         self._meter = PassMeter(record.ram_bytes, config.resync_bandwidth)
         delay = max(1, int(config.shortest_epoch * 1000))
-        engine_options = EngineOptions(delay, STOP_LIMIT, self._pass_limit())
+        engine_options = EngineOptions(delay, record.host.config.stop_limit, self._pass_limit())
         engine_left = None
         if inherited is not None:
             estate, left = inherited

@@ -51,12 +51,20 @@ class StopWatcher:
         self._closed = 0.0
         self._active = False
         self._stopped_at: int | None = None
+        self._stepped = False
 
     def window_opens(self, window: Window, now_us: int, *, counting: bool = True) -> None:
         """A checkpoint begins. Its stop goes into the statistics if `counting`."""
         self._window, self._counting = window, counting
         self._opened, self._closed = now_us, math.inf
         self._active, self._stopped_at, self.started_us = False, None, None
+        self._stepped = False
+
+    def clock_stepped(self, by_us: int) -> None:
+        """The wall clock was set since the window opened: events may be of the old time or of the new."""
+        self._opened = min(self._opened, self._opened + by_us)
+        self._closed = max(self._closed, self._closed + by_us)
+        self._stopped_at, self._stepped = None, True
 
     def window_closes(self, now_us: int) -> None:
         """The checkpoint is over, though the guest was not started: it had been paused before."""
@@ -86,7 +94,7 @@ class StopWatcher:
 
     def started_before(self, now_us: int) -> bool:
         """Whether the guest was started in the window before that time: by a `cont` on another monitor."""
-        return self.started_us is not None and self.started_us < now_us
+        return self.started_us is not None and self.started_us < now_us and not self._stepped
 
     def order(self, paused: bool) -> bool:
         """Take an operator's word that came by way of us; True if `paused` changed."""

@@ -16,7 +16,7 @@ import trio
 
 from curling_fd.capture.guarding import FROZEN
 from curling_fd.errors import CurlingError
-from curling_fd.service.protector import STOP_LIMIT
+from curling_fd.service.config import DaemonConfig
 from tests.integration.stage import SYNC, VM, Stage, stage
 from tests.lab.cluster import Node
 from tests.lab.guests import LinuxGuest
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.qemu
 SLACK = 1.0
 
 #: QEMU does not finish a checkpoint: it is given up after the stop limit, and the guest let go. 2 + 1 s.
-GIVEN_UP = STOP_LIMIT + SLACK
+GIVEN_UP = DaemonConfig().stop_limit + SLACK
 
 #: The daemon dies: the guard sees its socket closed at once, cuts the migration and writes one line. 0 + 1 s.
 DEATH = SLACK

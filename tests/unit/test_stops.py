@@ -181,3 +181,28 @@ def test_a_pause_in_a_precopy_outlives_the_start_after_it(watcher: StopWatcher) 
 def test_nobody_must_look_between_checkpoints(watcher: StopWatcher) -> None:
     assert not watcher.must_look(at(500, "STOP"))
     assert not watcher.must_look(at(500, "RESUME"))
+
+
+HOUR = 3_600_000_000
+
+
+@pytest.mark.parametrize("step", [-HOUR, HOUR])
+@pytest.mark.parametrize("stamped", ["before", "after", "between"])
+def test_a_clock_that_is_set_during_a_checkpoint_makes_no_pause_of_it(
+    watcher: StopWatcher, counters: Counters, step: int, stamped: str
+) -> None:
+    opened = 2 * HOUR
+    watcher.window_opens(Window.LOOP, opened)
+    watcher.clock_stepped(step)
+    stop, start = (opened + 100 + (step if new else 0) for new in (stamped == "after", stamped != "before"))
+    assert not watcher.feed(at(stop, "STOP"))
+    assert not watcher.feed(at(start, "RESUME"))
+    assert watcher.started_us == start
+    assert not watcher.started_before(opened + 50), "which clock that is of cannot be told"
+
+
+def test_a_clock_that_was_set_before_the_checkpoint_changes_nothing(watcher: StopWatcher) -> None:
+    watcher.clock_stepped(-HOUR)
+    watcher.window_opens(Window.LOOP, 1000)
+    assert watcher.feed(at(990, "STOP"))
+    assert watcher.paused

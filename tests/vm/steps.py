@@ -42,7 +42,7 @@ def configuration(column: int) -> dict[str, str]:
     return {
         daemon: daemon_keys,
         vm: f'{vm_keys}arbiter = "file"\narbiter_directory = "/srv/arbiter"\n',
-        f"{daemon}.d/lab.toml": f'failure_timeout = "{FAILURE_TIMEOUT}"\n',
+        f"{daemon}.d/lab.toml": f'failure_timeout = "{FAILURE_TIMEOUT}"\nstop_limit = "10s"\n',
     }
 
 
