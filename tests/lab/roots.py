@@ -18,7 +18,7 @@ from attrs import frozen
 from .cache import cache_root, digest, made
 from .debs import run
 
-SUITES = ("trixie", "unstable")
+SUITES = ("bookworm", "trixie", "unstable")
 _PROGRAM = "qemu-system-x86_64"
 
 
