@@ -113,11 +113,15 @@ class EngineOptions:
         stop_limit: seconds the guest may stand still for one checkpoint.
         pass_limit: how fast the first pass may be. The engine `snapshot` has no use for one: its guest waits
             for each page it writes to be sent first, and would wait longer.
+        will: commands for QEMU for when this daemon dies or stands still, before its guest goes on.
+        boundary_asks_qemu: what is called at the boundary talks to QEMU.
     """
 
     request_delay_ms: int
     stop_limit: float
     pass_limit: PassLimit | None = None
+    will: bytes = b""
+    boundary_asks_qemu: bool = False
 
 
 class Engine(Protocol):
@@ -136,7 +140,10 @@ class Engine(Protocol):
     async def checkpoint(
         self, buffer: Buffer, on_boundary: Callable[[], None] | None = None, *, resume: bool = True
     ) -> Captured:
-        """Take a checkpoint into `buffer`. With `resume=False` the guest stays stopped afterwards."""
+        """Take a checkpoint into `buffer`. With `resume=False` the guest stays stopped afterwards.
+
+        What the guest sends before `on_boundary` is called, in a thread, is sent before the checkpoint.
+        """
         ...
 
     async def resume(self) -> None:

@@ -41,7 +41,7 @@ async def guarded(
         if inherited is not None:
             return Guard.inherit(inherited["control"], inherited["page"], int(FROZEN * 1000))
         pid = qmp.pid if snapshots else 0
-        loop = will == LOST_HEARTBEAT  # whose end starts the guest
+        loop = will.endswith(LOST_HEARTBEAT)  # whose end starts the guest
         deadline = int(FROZEN * 1000)
         return Guard.start_write(qmp.fileno(), will, deadline, snapshot_of=pid, starts_paused=loop)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from functools import partial
 
 import trio
@@ -128,7 +128,7 @@ class IncrementalEngine:
 
         # What QEMU tells of the stop would wake our event loop meanwhile, and the thread that takes the
         # checkpoint would wait for the interpreter: some 0.2 ms.
-        async with self._qmp.unread():
+        async with nullcontext() if self._options.boundary_asks_qemu else self._qmp.unread():
             self._requested = False
             self._guard.arm()
             captured = await trio.to_thread.run_sync(partial(reader.take, buffer, on_boundary, resume=resume))
@@ -171,7 +171,7 @@ async def open_incremental(
         async with migration_settings(qmp, capabilities, parameters) as before:
             await qmp.hand_over(_FD_NAME, theirs.fileno())
             theirs.close()
-            async with guarded(qmp, LOST_HEARTBEAT, _NAME) as guard:
+            async with guarded(qmp, options.will + LOST_HEARTBEAT, _NAME) as guard:
                 guard.cut(ours)
                 engine = IncrementalEngine(qmp, choice, options, ours, guard, before)
                 async with _until_the_guest_runs_on(qmp, engine, ours):
@@ -194,7 +194,9 @@ async def inherit_incremental(
     left, fds = inherited.left, inherited.fds
     with socket.socket(fileno=fds["migration"]) as ours:
         try:
-            async with guarded(qmp, LOST_HEARTBEAT, _NAME, inherited=without("guard.", fds)) as guard:
+            async with guarded(
+                qmp, options.will + LOST_HEARTBEAT, _NAME, inherited=without("guard.", fds)
+            ) as guard:
                 engine = IncrementalEngine(qmp, choice, options, ours, guard, left.before)
                 engine.inherit(left)
                 async with _until_the_guest_runs_on(qmp, engine, ours):

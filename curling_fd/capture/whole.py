@@ -220,19 +220,24 @@ class WholeEngine:
         on_boundary: Callable[[], None] | None = None,
     ) -> None:
         """One migration, its stream given to `receive`; it counts only if QEMU says so too."""
+        # A background snapshot stops the guest at its beginning and lets it go on by itself. What the guest
+        # sends before that is of this epoch, and what it sends after must not be taken for it.
+        early = self.name == "snapshot" and resume
         ours, theirs = migration_socketpair()
         try:
             with self._qmp.events() as events:
                 await self._qmp.hand_over(_FD_NAME, theirs.fileno())
                 theirs.close()
                 self._guard.cut(ours)
+                if on_boundary is not None and early:
+                    await trio.to_thread.run_sync(on_boundary)
                 self._guard.arm()
                 await self._qmp.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
                 async with open_nursery() as nursery:
                     nursery.start_soon(receive, ours)
                     await self._completed(events)
-                    if on_boundary is not None:
-                        on_boundary()
+                    if on_boundary is not None and not early:
+                        await trio.to_thread.run_sync(on_boundary)
                 if resume:
                     await let_go_on(self._qmp)
                     self._guard.disarm()
@@ -312,7 +317,7 @@ async def open_whole(name: str, qmp: QmpClient, options: EngineOptions) -> Async
     capabilities = {"events": True, "background-snapshot": snapshots}
     async with (
         migration_settings(qmp, capabilities) as before,
-        guarded(qmp, _CONTINUE, name, snapshots=snapshots) as guard,
+        guarded(qmp, options.will + _CONTINUE, name, snapshots=snapshots) as guard,
         _until_the_guest_runs_on(qmp, WholeEngine(name, qmp, options, guard, before)) as engine,
     ):
         yield engine
@@ -331,7 +336,9 @@ async def inherit_whole(
     before, guard_fds = inherited.left.before, without("guard.", inherited.fds)
     try:
         async with (
-            guarded(qmp, _CONTINUE, name, snapshots=name == "snapshot", inherited=guard_fds) as guard,
+            guarded(
+                qmp, options.will + _CONTINUE, name, snapshots=name == "snapshot", inherited=guard_fds
+            ) as guard,
             _until_the_guest_runs_on(qmp, WholeEngine(name, qmp, options, guard, before)) as engine,
         ):
             engine.inherit(inherited)

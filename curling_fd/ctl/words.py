@@ -198,6 +198,9 @@ def details(vm: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("generation", f"{word(vm.get('generation'))}, arbiter {word(vm.get('arbiter'))}"),
         ("memory", size(vm.get("ram_bytes") or None)),
     ]
+    if output := vm.get("output"):
+        held = f"{count(vm.get('held_packets'))} packets held, {size(vm.get('held_bytes'))}"
+        rows.append(("output", word(output) if output == "none" else f"{word(output)}, {held}"))
     if made := progress(vm):
         rows.append(("progress", made))
     if numbers := _numbers(vm):

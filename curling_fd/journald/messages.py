@@ -47,6 +47,7 @@ class Message(Enum):
     CANNOT_START = "bcc2116c61c74246ab5685d328331c54"
     TAKEN_UP = "b579561b8c9a47ba8cc826e4f8a6ac72"
     LIMIT_RAISED = "4f121d29bf5a444fa1e9bf8222d4d958"
+    OUTPUT_STUCK = "858a22cffbc34d4e99fbf6392b7277de"
 
 
 S, E, M = State, Event, Message
@@ -89,6 +90,7 @@ _RULES: tuple[tuple[str, State | None, State | None, Message], ...] = (
     ("not-remembered", None, None, M.NOT_REMEMBERED),
     ("taken-up", None, None, M.TAKEN_UP),
     ("limit-raised", None, None, M.LIMIT_RAISED),
+    ("output", None, None, M.OUTPUT_STUCK),
 )
 
 

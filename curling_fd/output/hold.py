@@ -9,8 +9,10 @@ away. Until then they stay held, also when this daemon dies: backends live in th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
+import trio
 from attrs import frozen
 
 
@@ -30,11 +32,15 @@ class OutputHold(Protocol):
         name: of the backend, for `curlingctl show`.
         depth: how many barriers may be waiting for their release at once; None for any number.
         asks_qemu: `barrier` talks to QEMU over the session's monitor.
+        last_will: what QEMU has to be told over the monitor when this daemon is gone.
     """
 
     name: str
     depth: int | None
     asks_qemu: bool
+
+    @property
+    def last_will(self) -> bytes: ...
 
     async def attach(self) -> None:
         """Get everything into place; nothing is held yet.
@@ -60,12 +66,28 @@ class OutputHold(Protocol):
         """
         ...
 
+    async def let_go_stopped(self) -> None:
+        """The guest stands still, and goes on elsewhere: see that what was released has left its QEMU.
+
+        Raises:
+            QmpError: QEMU did not do it.
+        """
+        ...
+
     async def drop(self) -> None:
         """Throw away what is held, and what comes until `detach`."""
         ...
 
     async def detach(self) -> None:
         """Let out what is held, and leave everything as it was before `attach`. May be called again."""
+        ...
+
+    async def watch(self, on_output: Callable[[], None]) -> None:
+        """Call `on_output` at the first packet that the guest sends after a barrier; goes on until cancelled.
+
+        Raises:
+            OutputError: it cannot be seen any more.
+        """
         ...
 
     def statistics(self) -> HoldStatistics:
@@ -83,6 +105,7 @@ class NoHold:
     name = "none"
     depth: int | None = None
     asks_qemu = False
+    last_will = b""
 
     async def attach(self) -> None:
         pass
@@ -93,11 +116,17 @@ class NoHold:
     async def release(self, sequence: int) -> None:
         pass
 
+    async def let_go_stopped(self) -> None:
+        pass
+
     async def drop(self) -> None:
         pass
 
     async def detach(self) -> None:
         pass
+
+    async def watch(self, on_output: Callable[[], None]) -> None:
+        await trio.sleep_forever()
 
     def statistics(self) -> HoldStatistics:
         return HoldStatistics()

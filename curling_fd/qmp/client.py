@@ -121,25 +121,47 @@ class QmpClient:
             QmpDisconnected: QEMU went away before it answered.
             QmpTimeout: no answer. The command may still be carried out.
         """
+        return (
+            await self._execute([(command, arguments)], fds=fds, out_of_band=out_of_band, timeout=timeout)
+        )[0]
+
+    async def execute_all(
+        self, commands: Sequence[tuple[str, Mapping[str, Any] | None]], *, timeout: float = COMMAND_TIMEOUT
+    ) -> list[Any]:
+        """Have QEMU run `commands` in that order, without waiting for one's answer before the next is sent.
+
+        Raises:
+            QmpError: as `execute`, for the first that failed; those after it were run all the same.
+        """
+        return await self._execute(commands, timeout=timeout)
+
+    async def _execute(
+        self,
+        commands: Sequence[tuple[str, Mapping[str, Any] | None]],
+        *,
+        fds: Sequence[int] = (),
+        out_of_band: bool = False,
+        timeout: float,
+    ) -> list[Any]:
+        first = commands[0][0]
         if self._closed:
-            raise QmpDisconnected(command)
-        id = next(self._ids)
-        send, receive = trio.open_memory_channel[Return | Error](1)
-        self._waiting[id] = send
+            raise QmpDisconnected(first)
+        out_of_band = out_of_band and self._out_of_band
+        data, waiting = b"", []
         try:
+            for command, arguments in commands:
+                id = next(self._ids)
+                send, receive = trio.open_memory_channel[Return | Error](1)
+                self._waiting[id] = send
+                waiting.append((id, command, receive))
+                data += encode_command(command, arguments, id, out_of_band=out_of_band)
             with trio.move_on_after(timeout):
-                data = encode_command(command, arguments, id, out_of_band=out_of_band and self._out_of_band)
-                await self._send(command, data, fds)
-                try:
-                    answer = await receive.receive()
-                except trio.EndOfChannel:
-                    raise QmpDisconnected(command) from None
-                if isinstance(answer, Error):
-                    raise QmpCommandFailed(command, answer.kind, answer.description)
-                return answer.value
-            raise QmpTimeout(command, timeout)
+                await self._send(first, data, fds)
+                return [await _value(command, receive) for _, command, receive in waiting]
+            raise QmpTimeout(first, timeout)
         finally:
-            self._waiting.pop(id, None)
+            for id, _, _ in waiting:
+                self._waiting.pop(id, None)
 
     async def hand_over(self, name: str, fd: int) -> None:
         """Give QEMU a duplicate of `fd` (borrowed) under `name`, for `fd:NAME` addresses."""
@@ -243,6 +265,16 @@ class QmpClient:
             waiter = self._waiting.pop(message.id, None) if isinstance(message.id, int) else None
             if waiter is not None:  # else its caller gave up, or a guard wrote the command
                 waiter.send_nowait(message)
+
+
+async def _value(command: str, answer: trio.MemoryReceiveChannel[Return | Error]) -> Any:
+    try:
+        said = await answer.receive()
+    except trio.EndOfChannel:
+        raise QmpDisconnected(command) from None
+    if isinstance(said, Error):
+        raise QmpCommandFailed(command, said.kind, said.description)
+    return said.value
 
 
 @asynccontextmanager

@@ -183,6 +183,19 @@ class VmConfig:
     buffers: int = key(
         Number(2, 8), 2, "Checkpoints that may be on the way at once. Each takes up to max_checkpoint."
     )
+    output: str = key(
+        Choice(("auto", "plug", "filter", "none")),
+        "auto",
+        "How the guest's packets are held back until the checkpoint they belong to is safe. plug: in the "
+        "kernel, by sch_plug behind each tap, vhost or not. filter: in QEMU, for network cards without "
+        "vhost. auto: plug where the kernel has it. none: they leave at once, and clients may see what a "
+        "failover undoes.",
+    )
+    output_limit: int = key(
+        Size(1 << 16, 1 << 32),
+        "16MiB",
+        "A guest that has sent this much since its last checkpoint waits until the checkpoint is safe.",
+    )
     resync_bandwidth: int | None = key(
         Rate(1 << 20, 1 << 40),
         None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 
 import trio
 
@@ -79,6 +80,9 @@ class Handover:
                 record.advance(Event.WON, "the backup did not take the VM")
                 raise
             generation = taken
+        with suppress(QmpError):
+            if record.hold is not None:
+                await record.hold.let_go_stopped()
         await quit_qemu(qmp)
         record.remember(generation=generation, wanted=False, qmp=None, fenced=None, elsewhere=True)
         self.under_way = False

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from attrs import frozen
 
+from curling_fd.capture.engine import EngineOptions, PassLimit
+from curling_fd.output.hold import OutputHold
 from curling_fd.service.config import DaemonConfig, VmConfig
 from curling_fd.service.pace import Pace
 
@@ -18,6 +20,8 @@ class SessionOptions:
     pace: Pace
     buffers: int
     max_checkpoint: int
+    output_limit: int
+    stop_limit: float
     heartbeat_interval: float
     failure_timeout: float
 
@@ -29,9 +33,24 @@ class SessionOptions:
             pace=Pace(config.shortest_epoch, config.longest_epoch),
             buffers=config.buffers,
             max_checkpoint=config.max_checkpoint,
+            output_limit=config.output_limit,
+            stop_limit=daemon.stop_limit,
             heartbeat_interval=daemon.heartbeat_interval,
             failure_timeout=daemon.failure_timeout,
         )
+
+
+def engine_options(
+    config: VmConfig, daemon: DaemonConfig, hold: OutputHold, pass_limit: PassLimit | None
+) -> EngineOptions:
+    """What the engine of a session is to be opened with, its packets being held by `hold`."""
+    return EngineOptions(
+        request_delay_ms=max(1, int(config.shortest_epoch * 1000)),
+        stop_limit=daemon.stop_limit,
+        pass_limit=pass_limit,
+        will=hold.last_will,
+        boundary_asks_qemu=hold.asks_qemu,
+    )
 
 
 @frozen

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from contextlib import suppress
 from enum import Enum
+from functools import partial
 
 import trio
 
@@ -40,6 +41,7 @@ from curling_fd.output.hold import OutputHold
 from curling_fd.qmp.client import EventStream, QmpClient
 from curling_fd.qmp.protocol import Event
 from curling_fd.service.farewell import refusal
+from curling_fd.service.gate import OutputGate
 from curling_fd.service.options import Callbacks, SessionOptions
 from curling_fd.service.pass_shipper import PassShipper
 from curling_fd.service.statistics import Counters
@@ -96,6 +98,7 @@ class PrimarySession:
         self._engine = engine
         self._link = link
         self._output = output
+        self._gate = OutputGate(output, options.output_limit, options.stop_limit)
         self._counters = counters
         self._options = options
         self._callbacks = callbacks
@@ -135,6 +138,7 @@ class PrimarySession:
                 nursery.start_soon(self._pulse.watch)
                 nursery.start_soon(self._watch)
                 nursery.start_soon(self._notice_end)
+                nursery.start_soon(self._output.watch, self._stir)
                 nursery.start_soon(self._send_notes, self._notes_due)
                 if self._sequence:
                     self._notes.send_nowait(self.stops.paused)
@@ -246,6 +250,7 @@ class PrimarySession:
                 if self._restarting:
                     await self._come_to_rest()
                     return Finish.RESTART
+                await self._gate.turn()
                 buffer = await self._pool.acquire()
                 try:
                     async with self._capturing:
@@ -296,7 +301,7 @@ class PrimarySession:
         self.stops.window_opens(self._window, _now_us())
         try:
             captured = await self._engine.checkpoint(
-                buffer, lambda: self._output.barrier(sequence), resume=resume
+                buffer, partial(self._gate.barrier, sequence), resume=resume
             )
             if resume:
                 await self._guest_started()
@@ -423,7 +428,7 @@ class PrimarySession:
             raise FrameError(f"an acknowledgement of checkpoint {sequence}, which was not due")
         _, captured = self._flights.popleft()
         self._pool.release(captured.buffer)
-        await self._output.release(sequence)
+        await self._gate.release(sequence)
         self._committed = sequence
         self._counters.commit(sequence)
         if sequence == 1:

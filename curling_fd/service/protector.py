@@ -14,7 +14,7 @@ from functools import partial
 import trio
 
 from curling_fd.capture.choice import open_engine
-from curling_fd.capture.engine import EngineOptions, Inherited, PassLimit
+from curling_fd.capture.engine import Inherited
 from curling_fd.capture.probe import Choice
 from curling_fd.capture.recover import recover, standing_still
 from curling_fd.errors import (
@@ -41,21 +41,20 @@ from curling_fd.errors import (
 from curling_fd.failover.arbiter import FileArbiter
 from curling_fd.failover.states import Event, State, allowed, role
 from curling_fd.link.transport import FrameLink
-from curling_fd.output.hold import NoHold
 from curling_fd.qmp.client import EventStream, QmpClient, inherit_qmp, open_qmp
 from curling_fd.service.examine import Examined, examine
 from curling_fd.service.farewell import ours, say_end, withdraw
 from curling_fd.service.fence import stop_here
 from curling_fd.service.greeting import define, dial, greet
 from curling_fd.service.handover import Handover
-from curling_fd.service.options import Callbacks, SessionOptions
+from curling_fd.service.options import Callbacks, SessionOptions, engine_options
+from curling_fd.service.output import Output
+from curling_fd.service.pass_report import PassReport
 from curling_fd.service.primary import Finish, PrimarySession
-from curling_fd.service.progress import PassMeter
 from curling_fd.service.record import VmRecord, text
 from curling_fd.service.restart import Estate, PrimaryLeft, leave_session
 from curling_fd.service.statistics import Counters
 from curling_fd.system import systemd
-from curling_fd.units import format_size
 
 #: Seconds between attempts: from the first to the last of these.
 _RETRY = (0.5, 10.0)
@@ -69,7 +68,6 @@ _ASK_AGAIN = 1.0
 #: Seconds beyond stop_limit after which a checkpoint that is still being taken means that this daemon is
 #: broken: the slowest engine gives QEMU 10 s of silence, and 10 s more to finish.
 _STUCK = 30.0
-
 
 #: States in which the VM runs here without a session, and may be paused and resumed.
 _ALONE = (State.ACTIVE, State.UNPROTECTED, State.CONNECTING)
@@ -92,7 +90,7 @@ class Protector:
         self._by_order = False
         self._attempted = False
         self._sure = False  # no backup of an earlier session may take the VM over
-        self._meter: PassMeter | None = None
+        self._output = Output(record)
         self._handover = Handover(record, self._failed)
 
     @property
@@ -245,7 +243,9 @@ class Protector:
                         return
                     except Exception as raised:
                         self._outcome = error = ours(raised)
-                        if not await self._settle(error):
+                        again = await self._settle(error)
+                        await self._output.settle()
+                        if not again:
                             return
                         if self._by_order or (first and not record.wanted and not self._has_fallback()):
                             return
@@ -259,6 +259,8 @@ class Protector:
                 record.rest(text(self._outcome) if self._outcome else None)
             elif self._by_order and allowed(record.state, Event.UNPROTECT):
                 record.rest("unprotected by an operator")
+            with trio.CancelScope(shield=True):
+                await self._output.settle()
             self._by_order = self._handover.given_up = False
             self._idle.set()
             record.stir()
@@ -342,7 +344,9 @@ class Protector:
         record = self._record
         if allowed(record.state, event):
             record.advance(event, reason, theirs=generation)
+        await self._output.drop()
         await stop_here(record, reason, outright=self._handover.under_way)
+        await self._output.discard()
         self._handover.under_way = False
 
     # One attempt.
@@ -354,6 +358,7 @@ class Protector:
             # Only the daemon before us can have left something; any other migration is an administrator's.
             await recover(qmp, ours=record.wanted and not self._attempted)
             self._attempted = True
+            await self._output.adopt(qmp)
             record.paused = await qmp.status() == "paused"
             with qmp.events() as events:
                 disks = (*config.shared_disks, *config.scratch_disks)
@@ -372,6 +377,7 @@ class Protector:
                 async with inherit_qmp(estate.one("qmp"), left.monitor) as qmp:
                     with qmp.events() as events:
                         qmp.replay(left.events)
+                        await self._output.adopt(qmp)
                         self._record.counters.inherit(left.totals)
                         await self._session_on(qmp, events, left.choice, link, (estate, left))
             finally:
@@ -415,30 +421,33 @@ class Protector:
         inherited: tuple[Estate, PrimaryLeft] | None = None,
     ) -> None:
         record, config = self._record, self._record.config
-        self._meter = PassMeter(record.ram_bytes, config.resync_bandwidth)
-        delay = max(1, int(config.shortest_epoch * 1000))
-        engine_options = EngineOptions(delay, record.host.config.stop_limit, self._pass_limit())
+        report = PassReport(record)
         engine_left = None
         if inherited is not None:
             estate, left = inherited
             engine_left = Inherited(left.engine, estate.take())
         else:
             record.counters = Counters(record.counters)
+            await self._output.attach(qmp)
+        hold = self._output.hold
+        options = engine_options(config, record.host.config, hold, report.limit())
         async with (
             standing_still(qmp, lambda: record.paused),
-            open_engine(qmp, choice, engine_options, engine_left) as engine,
+            open_engine(qmp, choice, options, engine_left) as engine,
         ):
             engine.hold(record.paused)
             heard = trio.Event()
+            committed, ended = partial(self._committed, report), partial(withdraw, record, heard)
+            callbacks = Callbacks(report.sent, committed, self._paused, ended)
             session = PrimarySession(
                 qmp,
                 events,
                 engine,
                 link,
-                NoHold(),
+                hold,
                 record.counters,
                 SessionOptions.of(config, record.host.config, record.generation),
-                Callbacks(self._progress, self._committed, self._paused, partial(withdraw, record, heard)),
+                callbacks,
                 inherited[1].sequence if inherited else 0,
             )
             if inherited is not None:
@@ -451,37 +460,23 @@ class Protector:
                     await leave_session(record, session, engine, qmp, events, link)
                     return
                 await self._handover.hand_over(session, engine, qmp, "a planned switch")
+                await self._output.discard()
             except (GuestEnded, Unprotected) as end:
                 await say_end(link, record.generation, text(end), heard)
                 raise
             except QemuDied:
                 await self._handover.give_up_dead(session)
+                await self._output.discard()
                 raise
             finally:
                 self._session = None
 
-    def _pass_limit(self) -> PassLimit | None:
-        bandwidth = self._record.config.resync_bandwidth
-        return None if bandwidth is None else PassLimit(bandwidth, self._record.ram_bytes, self._raised)
-
-    def _raised(self, limit: int) -> None:
-        assert self._meter is not None
-        self._meter.limit = limit
-        what = f"the guest writes faster than the first pass: its limit is {format_size(limit)}/s now"
-        self._record.note("limit-raised", what)
-
-    def _progress(self, sent: int) -> None:
-        assert self._meter is not None
-        self._record.progress = self._meter.sent(sent)
-        self._record.stir()
-
-    def _committed(self) -> None:
+    def _committed(self, report: PassReport) -> None:
         self._record.remember(wanted=True)
         if self._record.choice is not None:
             self._unusable.pop(self._record.choice.engine, None)
-        if self._record.state is State.SYNCING and self._meter is not None:
-            self._record.note("first-pass", self._meter.summary())
         if self._record.state is State.SYNCING:
+            report.over()
             self._record.advance(Event.COMMITTED)
 
     def _failed(self, error: CurlingError) -> None:

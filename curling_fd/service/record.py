@@ -12,6 +12,7 @@ from curling_fd.capture.probe import Choice
 from curling_fd.errors import CurlingError
 from curling_fd.failover.arbiter import Arbiter, FileArbiter, ManualArbiter
 from curling_fd.failover.states import Event, State, after, role
+from curling_fd.output.hold import OutputHold
 from curling_fd.sentences import sentence
 from curling_fd.service.config import VmConfig
 from curling_fd.service.host import Host
@@ -53,6 +54,7 @@ class VmRecord:
         self.choice: Choice | None = None
         self.ram_bytes = 0
         self.paused = False
+        self.hold: OutputHold | None = None
         self.progress: Progress | None = None
         self.changed = trio.lowlevel.ParkingLot()
         self.arbiter: Arbiter = (
@@ -173,6 +175,9 @@ class VmRecord:
             "engine_reason": choice.reason if choice else None,
             "accelerator": choice.accelerator if choice else None,
             "qemu_version": ".".join(map(str, choice.version)) if choice else None,
+            "output": self.hold.name if self.hold else None,
+            "held_packets": self.hold.statistics().packets if self.hold else 0,
+            "held_bytes": self.hold.statistics().bytes if self.hold else 0,
             "peer": str(self.config.peer) if self.config.peer else None,
             "generation": self.generation,
             "arbiter": self.config.arbiter,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 import trio
@@ -13,6 +13,7 @@ from attrs import define
 from curling_fd.qmp.client import QmpClient, open_qmp
 from tests.lab.cluster import Node, cluster, start_all
 from tests.lab.console import Console, Round
+from tests.lab.front import Front, front
 from tests.lab.hosts import Host, two_hosts
 from tests.lab.manager import ServiceManager
 from tests.lab.vm import LabVm
@@ -38,6 +39,7 @@ class Stage:
     beta: Host
     primary: Node
     backup: Node
+    front: Front | None = None
 
     async def protect(self, checkpoints: int = 10) -> dict[str, Any]:
         """Protect the VM and wait for that many committed checkpoints; what `Show` says then."""
@@ -61,8 +63,10 @@ class Stage:
             yield qmp
 
     def lose_alpha(self) -> None:
-        """The loss of power: the cable is dead and every process of the host is gone."""
+        """The loss of power: the cables are dead and every process of the host is gone."""
         self.alpha.cut()
+        if self.front is not None:
+            self.front.cut(self.alpha)
         self.alpha.kill_all()
 
     @property
@@ -117,6 +121,7 @@ async def stage(
     *,
     automatic: bool = True,
     managed: bool = False,
+    with_front: bool = False,
     daemon: Mapping[str, Any] | None = None,
     **keys: Any,
 ) -> AsyncIterator[Stage]:
@@ -125,10 +130,13 @@ async def stage(
     Args:
         automatic: with the arbiter `file`, so that the backup takes over by itself.
         daemon: keys of curlingd.toml on both hosts.
+        with_front: there are taps, and a client that sees what the guest sends.
         managed: each daemon has a service manager, which keeps descriptors for it.
         keys: of the VM's file on both hosts; `engine` and the epochs, for instance.
     """
-    with two_hosts() as (alpha, beta):
+    with ExitStack() as stack:
+        alpha, beta = stack.enter_context(two_hosts())
+        wire = stack.enter_context(front((alpha, beta))) if with_front else None
         async with cluster((alpha, beta), **(daemon or {})) as (primary, backup):
             vm.host, vm.name = alpha, VM
             async with vm:
@@ -146,7 +154,7 @@ async def stage(
                     await start_all(primary, backup)
                     await vm.console.wait_ready(within=BOOT)
                     await vm.wait_round(2, within=BOOT)
-                    yield Stage(vm, alpha, beta, primary, backup)
+                    yield Stage(vm, alpha, beta, primary, backup, wire)
                 except Exception as error:
                     error.add_note(f"alpha:\n{primary.log_text()}\nbeta:\n{backup.log_text()}")
                     raise

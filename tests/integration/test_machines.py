@@ -41,7 +41,7 @@ async def test_a_machine_with_many_devices_and_an_odd_size_goes_on(
         devices=DEVICES,
         extra=NETWORK,
     )
-    async with stage(vm) as here:
+    async with stage(vm, output="none") as here:
         await here.vm.console.wait_line("curling ready pages=1024 threads=2")
         shown = await here.protect(5)
         assert shown["ram_bytes"] == MEMORY_KIB * 1024

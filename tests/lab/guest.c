@@ -17,6 +17,9 @@
  *   curling.report_ms=200  milliseconds between two reports at least; 0 reports every round
  *   curling.threads=0      0: one per CPU
  *   curling.mode=verify    or "dirty": a round is one store into each of the first M pages, nothing is checked
+ *   curling.send_to=       an IPv4 address: numbered datagrams go to its port 9 (discard), MAGIC and the number, each
+ *                          eight bytes, from 1 on
+ *   curling.send_gap_us=1000  microseconds between two of them
  *
  * Says on ttyS0:
  *   curling ready pages=4096 threads=2 mode=verify
@@ -30,6 +33,7 @@
  *   x N  flip a bit of page N behind the ledger's back (to see the check at work)
  */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
@@ -40,6 +44,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/reboot.h>
+#include <sys/socket.h>
 #include <termios.h>
 #include <time.h>
 #include <unistd.h>
@@ -198,6 +203,45 @@ static void *worker_main(void *argument)
     return NULL;
 }
 
+struct sender {
+    struct sockaddr_in to;
+    uint64_t gap_us;
+};
+
+/* Numbers go up by one whatever becomes of the datagram: one that is missing was lost on its way. */
+static void *send_numbers(void *argument)
+{
+    const struct sender *sender = argument;
+    struct timespec gap = {sender->gap_us / 1000000, sender->gap_us % 1000000 * 1000};
+    uint64_t content[2] = {MAGIC, 0};
+    int sock = socket(AF_INET, SOCK_DGRAM, 0);
+
+    for (;;) {
+        content[1]++;
+        while (sendto(sock, content, sizeof content, 0, (const void *)&sender->to, sizeof sender->to) < 0)
+            nanosleep(&(struct timespec){0, 1000000}, NULL);
+        if (sender->gap_us)
+            nanosleep(&gap, NULL);
+    }
+    return NULL;
+}
+
+static void start_sender(const char *cmdline, uint64_t gap_us)
+{
+    static struct sender sender;
+    static char address[16];
+    const char *found = strstr(cmdline, "curling.send_to=");
+    pthread_t thread;
+
+    if (!found)
+        return;
+    sscanf(found, "curling.send_to=%15[0-9.]", address);
+    sender.to = (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons(9)};
+    sender.gap_us = gap_us;
+    if (inet_pton(AF_INET, address, &sender.to.sin_addr) == 1)
+        pthread_create(&thread, NULL, send_numbers, &sender);
+}
+
 static void set_dirty(uint64_t wanted)
 {
     dirty = wanted < pages ? wanted : pages;
@@ -325,6 +369,7 @@ int main(void)
         pthread_t thread;
         pthread_create(&thread, NULL, worker_main, (void *)worker);
     }
+    start_sender(cmdline, parameter(cmdline, "curling.send_gap_us=", 1000));
     SAY("curling ready pages=%lu threads=%lu mode=%s\n", pages, threads, dirty_mode ? "dirty" : "verify");
 
     for (;;) {

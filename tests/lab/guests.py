@@ -29,7 +29,7 @@ class Guest(Protocol):
 class LinuxGuest:
     """Debian's kernel with guest.c as its only program; the fields are explained there.
 
-    `ip` ("10.0.0.5/24") is given to its first network card.
+    `ip` ("10.0.0.5/24") is given to its first network card; it sends numbered datagrams to `send_to`.
     """
 
     pages: int = 4096
@@ -39,6 +39,8 @@ class LinuxGuest:
     threads: int = 0
     mode: Literal["verify", "dirty"] = "verify"
     ip: str | None = None
+    send_to: str | None = None
+    send_gap_us: int | None = None
     memory: str = "256M"
 
     def arguments(self) -> list[str]:
@@ -52,6 +54,8 @@ class LinuxGuest:
             "threads": self.threads,
             "mode": self.mode,
             "ip": self.ip,
+            "send_to": self.send_to,
+            "send_gap_us": self.send_gap_us,
         }
         given = " ".join(f"curling.{key}={value}" for key, value in settings.items() if value is not None)
         # panic=0: a panicked kernel stays where it is instead of rebooting.

@@ -47,6 +47,9 @@ def vm(name: str, **fields: Any) -> dict[str, Any]:
         "reason": None,
         "engine": None,
         "engine_reason": None,
+        "output": None,
+        "held_packets": 0,
+        "held_bytes": 0,
         "accelerator": None,
         "qemu_version": None,
         "peer": "host-b:9271",
@@ -65,6 +68,9 @@ def canned() -> dict[str, dict[str, Any]]:
     engine = {
         "engine": "incremental",
         "engine_reason": "x-colo works",
+        "output": "plug",
+        "held_packets": 3,
+        "held_bytes": 4200,
         "accelerator": "kvm",
         "qemu_version": "11.1.3",
     }

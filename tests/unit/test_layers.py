@@ -32,7 +32,7 @@ curling_fd.journald.messages
 curling_fd.link
 curling_fd.link.frames
 curling_fd.output
-curling_fd.output.hold
+curling_fd.output.nics
 curling_fd.qmp
 curling_fd.qmp.protocol
 curling_fd.replica
@@ -74,6 +74,8 @@ curling_fd.failover.arbiter
 curling_fd.journald.sender
 curling_fd.link.pulse
 curling_fd.link.transport
+curling_fd.output.filter
+curling_fd.output.hold
 curling_fd.qmp.client
 curling_fd.replica.image
 curling_fd.standby.process
@@ -127,6 +129,7 @@ curling_fd.service.facts
 curling_fd.service.farewell
 curling_fd.service.fence
 curling_fd.service.follower
+curling_fd.service.gate
 curling_fd.service.greeting
 curling_fd.service.handover
 curling_fd.service.host
@@ -134,7 +137,9 @@ curling_fd.service.hostcheck
 curling_fd.service.interface
 curling_fd.service.journal
 curling_fd.service.options
+curling_fd.service.output
 curling_fd.service.pace
+curling_fd.service.pass_report
 curling_fd.service.pass_shipper
 curling_fd.service.primary
 curling_fd.service.progress

@@ -19,7 +19,7 @@ from .control import Agent, connected
 from .image import Image
 
 _POLL_SECONDS = 0.02
-_CPUS = 2
+_CPUS = 1
 
 _VERSION = (7, 2)
 

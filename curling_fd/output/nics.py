@@ -1,0 +1,61 @@
+"""The network cards of a VM, and what is behind each: from the monitor's `info network`.
+
+There is no QMP command that tells it. The text has looked like this from QEMU 1.x to 11:
+
+    nic0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:11:22:33
+     \\ hostnet0: index=0,type=tap,ifname=vnet0,script=no,downscript=no
+
+with a pair of lines for each queue. Source: qemu `net/net.c`, hmp_info_network and print_net_client.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from attrs import frozen
+
+_LINE = re.compile(r"(?P<peer> \\ )?(?P<name>.+?): index=\d+,type=(?P<kind>[\w-]+),(?P<rest>.*)")
+_MAC = re.compile(r"macaddr=((?:[0-9a-f]{2}:){5}[0-9a-f]{2})", re.IGNORECASE)
+
+
+@frozen
+class Nic:
+    """A network card.
+
+    Attributes:
+        name: as QEMU calls it: the device's id, or its model and a number.
+        mac: as six pairs of hexadecimal digits; empty if QEMU does not tell.
+        netdev: id of what is behind it; None if nothing is.
+        kind: of that: `tap`, `user`, `vhost-user`, ...
+    """
+
+    name: str
+    mac: str
+    netdev: str | None
+    kind: str | None
+
+
+def parse_nics(text: str) -> tuple[Nic, ...]:
+    """Read the answer to `info network`; a card with several queues is one."""
+    return tuple({nic.name: nic for nic in _nics(text)}.values())
+
+
+def _nics(text: str) -> Iterator[Nic]:
+    card: Nic | None = None
+    for line in text.splitlines():
+        match = _LINE.fullmatch(line.rstrip("\r"))
+        if match is None:
+            continue
+        if match["peer"] is None:
+            if card is not None:
+                yield card
+            mac = _MAC.search(match["rest"])
+            card = Nic(match["name"], mac[1].lower() if mac else "", None, None)
+            if match["kind"] != "nic":
+                card = None  # a netdev that no card uses
+        elif card is not None:
+            yield Nic(card.name, card.mac, match["name"], match["kind"])
+            card = None
+    if card is not None:
+        yield card

@@ -1,0 +1,114 @@
+"""Which way a VM's packets are held, and what becomes of them when a session is over.
+
+A hold is attached when a session begins, and closed from its first checkpoint on. It outlives the session: a
+primary that has lost its backup does not know yet whether the backup may run the VM. As the state of the VM
+tells:
+
+    unprotected, idle, ended   the VM is ours alone: let out what is held
+    fenced                     another host has the right: throw it away
+    anything else              undecided: it stays held
+
+It outlives the daemon too. The next one finds what the one before has left, and holds on to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from curling_fd.errors import CannotHold, OutputError, QmpDisconnected, QmpUnreachable
+from curling_fd.failover.states import State
+from curling_fd.output.filter import FilterHold, left_in
+from curling_fd.output.hold import NoHold, OutputHold
+from curling_fd.output.nics import Nic, parse_nics
+from curling_fd.qmp.client import QmpClient
+from curling_fd.service.record import VmRecord, text
+
+#: What is behind cards whose packets nothing of ours can hold, and why.
+_ELSEWHERE = {
+    "vhost-user": "they go past QEMU and the kernel, to a program of its own",
+    "vhost-vdpa": "they go past QEMU and the kernel, to a device",
+    "user": "QEMU itself ends its connections, so that none of them could survive its host",
+}
+
+_OURS_ALONE = frozenset({State.UNPROTECTED, State.IDLE, State.ENDED})
+
+
+class Output:
+    """Holds the packets of the VM of `record`, over all its sessions."""
+
+    def __init__(self, record: VmRecord) -> None:
+        self._record = record
+
+    @property
+    def hold(self) -> OutputHold:
+        """The one that is attached."""
+        return self._record.hold or NoHold()
+
+    async def attach(self, qmp: QmpClient) -> None:
+        """Get a hold for a session on `qmp` (borrowed). What an earlier session still holds may leave now.
+
+        Raises:
+            CannotHold: some card's packets cannot be held.
+            OutputError: they could not be; everything is as it was.
+        """
+        await self._let_out()
+        hold = await self._choose(qmp)
+        await hold.attach()
+        self._record.hold = hold
+
+    async def adopt(self, qmp: QmpClient) -> None:
+        """Hold on to what a daemon before us has left at this VM."""
+        assert self._record.qmp is not None
+        if self._record.hold is None and (netdevs := await left_in(qmp)):
+            self._record.hold = FilterHold(qmp, self._record.qmp, netdevs, adopted=True)
+
+    async def settle(self) -> None:
+        """Do what the state of the VM asks for."""
+        if self._record.state is State.FENCED:
+            await self.drop()
+        elif self._record.state in _OURS_ALONE:
+            await self._let_out()
+
+    async def drop(self) -> None:
+        """Another host may run the VM: throw away what is held, and what the guest still sends."""
+        if self._record.hold is not None:
+            await self._try(self._record.hold.drop)
+
+    async def discard(self) -> None:
+        """The VM has gone from here: nothing that is held may leave, and nothing of ours stays."""
+        await self.drop()
+        await self._let_out()
+
+    async def _let_out(self) -> None:
+        if self._record.hold is not None and await self._try(self._record.hold.detach):
+            self._record.hold = None
+
+    async def _try(self, action: Callable[[], Awaitable[None]]) -> bool:
+        """False if it could not be done; said once for each reason."""
+        try:
+            await action()
+        except OutputError as error:
+            if isinstance(error.__cause__, QmpUnreachable | QmpDisconnected):
+                return True  # QEMU is gone, and with it what it held
+            self._record.note("output", text(error))
+            return False
+        return True
+
+    async def _choose(self, qmp: QmpClient) -> OutputHold:
+        wanted = self._record.config.output
+        if wanted == "none":
+            return NoHold()
+        answer = await qmp.execute("human-monitor-command", {"command-line": "info network"})
+        nics = [nic for nic in parse_nics(str(answer)) if nic.netdev is not None]
+        if not nics:
+            return NoHold()
+        for nic in nics:
+            _check(nic)
+        assert self._record.qmp is not None
+        return FilterHold(qmp, self._record.qmp, [nic.netdev for nic in nics if nic.netdev])
+
+
+def _check(nic: Nic) -> None:
+    """Raise CannotHold for a card that no backend is for."""
+    if nic.kind in _ELSEWHERE:
+        raise CannotHold(nic.name, f"it is on a {nic.kind} network ({_ELSEWHERE[nic.kind]})")

@@ -1,0 +1,35 @@
+"""What people are told of a first pass while it is under way."""
+
+from __future__ import annotations
+
+from curling_fd.capture.engine import PassLimit
+from curling_fd.service.progress import PassMeter
+from curling_fd.service.record import VmRecord
+from curling_fd.units import format_size
+
+
+class PassReport:
+    """Of one first pass of the VM of `record`."""
+
+    def __init__(self, record: VmRecord) -> None:
+        self._record = record
+        self._meter = PassMeter(record.ram_bytes, record.config.resync_bandwidth)
+
+    def limit(self) -> PassLimit | None:
+        """How fast the pass may be."""
+        bandwidth = self._record.config.resync_bandwidth
+        return None if bandwidth is None else PassLimit(bandwidth, self._record.ram_bytes, self._raised)
+
+    def sent(self, count: int) -> None:
+        """`count` bytes were sent so far."""
+        self._record.progress = self._meter.sent(count)
+        self._record.stir()
+
+    def over(self) -> None:
+        """The backup has a first whole checkpoint."""
+        self._record.note("first-pass", self._meter.summary())
+
+    def _raised(self, limit: int) -> None:
+        self._meter.limit = limit
+        what = f"the guest writes faster than the first pass: its limit is {format_size(limit)}/s now"
+        self._record.note("limit-raised", what)
