@@ -123,6 +123,11 @@ class FilterHold:
     async def detach(self) -> None:
         if not self._attached:
             return
+        if self._adopted:  # from a daemon that died: it had mirrors, unless it was not that far
+            for netdev in self._netdevs:
+                for delete, kind in (("object-del", "m"), ("chardev-remove", "o")):
+                    with suppress(OutputError):
+                        await self._tell([(delete, {"id": _id(netdev, kind)})])
         # B lets its packets out before those of A come.
         await self._tell(
             [("object-del", {"id": _id(netdev, kind)}) for netdev in self._netdevs for kind in ("b", "a")]
@@ -148,14 +153,8 @@ class FilterHold:
                 raise OutputError(netdev, error.description) from None
             finally:
                 with trio.CancelScope(shield=True), suppress(QmpError):
-                    await self._qmp.execute_all(made[::-1])
-
-    async def _remove_mirrors(self) -> None:
-        """Those of a daemon that died."""
-        for netdev in self._netdevs:
-            for delete, kind in (("object-del", "m"), ("chardev-remove", "o")):
-                with suppress(QmpCommandFailed):
-                    await self._qmp.execute(delete, {"id": _id(netdev, kind)})
+                    for command in reversed(made):
+                        await self._qmp.execute(*command)
 
     async def _count(self, sock: trio.socket.SocketType, on_output: Callable[[], None]) -> None:
         while True:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.integration.stage import VM, Stage, stage
 from tests.lab.front import CARD, CLIENT_ADDRESS, GUEST_ADDRESS, Front
@@ -29,11 +34,14 @@ TALKER = LinuxGuest(
 #: Datagrams that are many epochs' worth.
 MANY = 500
 
+#: How often a host is killed at a random moment; 200 for a proof: CURLING_KILLS=200 make test TESTS=...
+KILLS = int(os.environ.get("CURLING_KILLS", "5"))
+
 
 @asynccontextmanager
-async def talking(qemu: Executable, guest: LinuxGuest = TALKER) -> AsyncIterator[tuple[Stage, Front]]:
+async def talking(qemu: Executable, **keys: Any) -> AsyncIterator[tuple[Stage, Front]]:
     """A guest on alpha that sends numbers, and a client that sees them; not protected yet."""
-    async with stage(LabVm(qemu=qemu, guest=guest, extra=CARD), with_front=True) as here:
+    async with stage(LabVm(qemu=qemu, guest=TALKER, extra=CARD), with_front=True, **keys) as here:
         assert here.front is not None
         async with trio.open_nursery() as nursery:
             await nursery.start(here.front.watch, ["alpha", "beta"])
@@ -44,14 +52,12 @@ async def talking(qemu: Executable, guest: LinuxGuest = TALKER) -> AsyncIterator
 
 async def test_without_a_fault_every_packet_leaves_once_and_in_order(unstable_qemu: Executable) -> None:
     async with talking(unstable_qemu) as (here, wire):
-        first = wire.seen[0].number
         await here.protect(20)
         assert (await here.primary.show(VM))["output"] == "filter"
         await wire.more("alpha", MANY)
         await here.primary.call("Unprotect", name=VM)
         await wire.more("alpha", 10)
-        numbers = wire.numbers("alpha")
-        assert numbers == list(range(first, first + len(numbers)))
+        in_order(wire, "alpha")
 
 
 async def test_a_planned_switch_loses_no_packet_and_sends_none_twice(unstable_qemu: Executable) -> None:
@@ -73,3 +79,90 @@ async def test_what_the_lost_host_sent_is_what_the_guest_remembers(unstable_qemu
         await wire.more("beta", MANY)
         assert max(wire.numbers("alpha")) < min(wire.numbers("beta"))
         await here.goes_on()
+
+
+async def test_packets_stay_held_while_no_daemon_is_there_and_none_is_lost(unstable_qemu: Executable) -> None:
+    async with talking(unstable_qemu) as (here, wire):
+        await here.protect(20)
+        primary = here.primary
+        assert primary.process is not None
+        primary.kill()
+        await trio.to_thread.run_sync(primary.process.wait)
+        with trio.move_on_after(1):  # the guard lets the guest go on, but nothing leaves
+            await here.vm.wait_round(here.vm.rounds()[-1].number + 20)
+        silent = wire.numbers("alpha")
+        await here.vm.wait_round(here.vm.rounds()[-1].number + 20)
+        assert wire.numbers("alpha") == silent
+        primary.start()
+        await primary.ready()
+        await primary.wait_state(VM, "protected", within=60)
+        await wire.more("alpha", MANY)
+        in_order(wire, "alpha")
+
+
+async def test_a_restart_of_the_daemon_neither_loses_nor_leaks(unstable_qemu: Executable) -> None:
+    async with talking(unstable_qemu, managed=True) as (here, wire):
+        await here.protect(20)
+        assert here.primary.manager is not None
+        await here.primary.stop()
+        here.primary.start()
+        await here.primary.ready()
+        await here.more_checkpoints(20)
+        assert here.happened(here.primary, "taken-up") == 1
+        await wire.more("alpha", MANY)
+        in_order(wire, "alpha")
+
+
+async def test_a_frozen_primary_that_lost_its_vm_lets_nothing_out_when_it_wakes(
+    unstable_qemu: Executable,
+) -> None:
+    async with talking(unstable_qemu) as (here, wire):
+        await here.protect(20)
+        await wire.more("alpha", MANY)
+        here.alpha.cut()
+        here.primary.kill(signal.SIGSTOP)
+        await here.taken_over()
+        await wire.more("beta", MANY)
+        here.primary.kill(signal.SIGCONT)
+        await here.primary.wait_state(VM, "fenced", "idle", within=60)
+        await wire.more("beta", MANY)
+        assert max(wire.numbers("alpha")) < min(wire.numbers("beta"))
+
+
+@settings(
+    max_examples=1, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True
+)
+@given(pauses=st.lists(st.integers(0, 400), min_size=KILLS, max_size=KILLS))
+async def test_whenever_a_host_is_killed_nothing_of_an_uncommitted_epoch_was_on_the_wire(
+    unstable_qemu: Executable, pauses: list[int]
+) -> None:
+    async with talking(unstable_qemu) as (here, wire):
+        await here.protect(1)
+        assert here.front is not None
+        ends = [(here.alpha, here.primary), (here.beta, here.backup)]
+        for pause in pauses:
+            (host, node), (other, successor) = ends
+            await wire.more(host.name, pause)
+            host.cut()
+            wire.cut(host)
+            host.kill_all()
+            sent = wire.numbers(host.name)
+            wire.seen.clear()
+            await successor.wait_state(VM, "active", "connecting", "unprotected", within=60)
+            await wire.more(other.name, 50)
+            assert max(sent, default=0) < min(wire.numbers(other.name))
+            wire.heal(host)
+            host.heal()
+            assert node.process is not None
+            node.process.wait()
+            node.start()
+            await node.ready()
+            await successor.wait_state(VM, "protected", within=60)
+            in_order(wire, other.name)
+            ends.reverse()
+
+
+def in_order(wire: Front, host: str) -> None:
+    """Everything from `host` came once and in order."""
+    numbers = wire.numbers(host)
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))

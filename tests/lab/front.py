@@ -99,6 +99,11 @@ class Front:
         with self.client.entered():
             run(["ip", "link", "set", host.name, "down"])
 
+    def heal(self, host: Host) -> None:
+        """Undo cut."""
+        with self.client.entered():
+            run(["ip", "link", "set", host.name, "up"])
+
     async def more(self, host: str, count: int = 1, *, within: float = 60) -> None:
         """Wait until `count` more datagrams have come from `host` than have now."""
         wanted = len(self.numbers(host)) + count
