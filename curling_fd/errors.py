@@ -33,6 +33,7 @@
     |-- ArbiterError
     |   |-- ArbiterLost           somebody else may run the VM
     |   `-- ArbiterUnavailable    the arbiter did not answer: nobody may
+    |-- NetlinkError              the kernel refused something about the network
     `-- SessionEnd                protection ended though nothing went wrong with it
         |-- GuestEnded            powered off, panicked, ended by its administrator
         |-- QemuDied              QEMU is gone without a word; the backup may have the VM
@@ -376,6 +377,15 @@ class ArbiterLost(ArbiterError):
 @define(auto_exc=True, slots=False, str=False, eq=False)
 class ArbiterUnavailable(ArbiterError):
     why: str
+
+
+@define(auto_exc=True, slots=False, str=False, eq=False)
+class NetlinkError(CurlingError):
+    """The kernel refused `what` with `errno` and said `words`."""
+
+    what: str
+    errno: int
+    words: str
 
 
 class SessionEnd(CurlingError):

@@ -31,6 +31,8 @@ curling_fd.journald.entry
 curling_fd.journald.messages
 curling_fd.link
 curling_fd.link.frames
+curling_fd.netlink
+curling_fd.netlink.wire
 curling_fd.output
 curling_fd.output.hold
 curling_fd.qmp
@@ -74,6 +76,8 @@ curling_fd.failover.arbiter
 curling_fd.journald.sender
 curling_fd.link.pulse
 curling_fd.link.transport
+curling_fd.netlink.links
+curling_fd.netlink.socket
 curling_fd.qmp.client
 curling_fd.replica.image
 curling_fd.standby.process
@@ -157,7 +161,7 @@ LAYER = {
 }
 
 #: What the protocol layer may use beside itself: none of these can wait, open or ask for anything. Of `sys`
-#: it is the byte order.
+#: it is the byte order, of `errno` the names of numbers.
 PURE = frozenset(
     {
         "__future__",
@@ -168,6 +172,7 @@ PURE = frozenset(
         "dataclasses",
         "difflib",
         "enum",
+        "errno",
         "fractions",
         "functools",
         "itertools",
