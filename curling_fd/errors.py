@@ -29,7 +29,9 @@
     |   `-- StaleGeneration       the VM has been taken over since
     |-- CaptureError              a checkpoint could not be taken
     |   |-- CheckpointTooLarge, CheckpointTimeout, EngineFailed
-    |-- OutputError             the guest's packets could not be held, or let out
+    |-- OutputError               the guest's packets could not be held, or let out
+    |   |-- ModuleMissing         the kernel lacks what holds them
+    |   `-- PortTaken             another program steers the port's packets
     |-- ArbiterError
     |   |-- ArbiterLost           somebody else may run the VM
     |   `-- ArbiterUnavailable    the arbiter did not answer: nobody may
@@ -359,6 +361,20 @@ class OutputError(CurlingError):
 
     what: str
     why: str
+
+
+@define(auto_exc=True, slots=False, str=False, eq=False)
+class ModuleMissing(OutputError):
+    """The kernel's `module` is not to be had."""
+
+    module: str
+
+
+@define(auto_exc=True, slots=False, str=False, eq=False)
+class PortTaken(OutputError):
+    """The port `what` has a qdisc for what it receives that is not ours; `why` says what is in it."""
+
+    qdisc: str
 
 
 @define(auto_exc=True, slots=False, str=False, eq=False)

@@ -211,6 +211,19 @@ _WORDS: dict[type[errors.CurlingError], tuple[str, str]] = {
         "Look at {what} ('ip -d link', 'tc -s qdisc'); once it is as it should be, the VM is protected again "
         "by itself.",
     ),
+    errors.ModuleMissing: (
+        "The guest's packets at {what} cannot be held: the kernel has no {module} ({why}).",
+        "Install the modules of the running kernel (Debian: linux-image-amd64; Ubuntu: linux-modules-extra "
+        "of its version) and see that 'modprobe {module}' works; or have QEMU hold them: output = "
+        '"filter".',
+    ),
+    errors.PortTaken: (
+        "The guest's packets at {what} cannot be held: another program has put the qdisc {qdisc} on it, "
+        "{why}.",
+        "'tc filter show dev {what} ingress' tells whose it is: libvirt makes one for <bandwidth>, Cilium "
+        "for its programs. Take it out there, then 'tc qdisc del dev {what} {qdisc}'; or have QEMU hold "
+        'them: output = "filter".',
+    ),
     # Who may run
     errors.ArbiterError: (
         "Who may run the VM could not be settled.",

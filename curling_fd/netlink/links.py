@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from attrs import frozen
+from attrs import fields, frozen
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from curling_fd.errors import NetlinkError
@@ -66,6 +66,29 @@ def links(route: RouteSocket) -> list[Link]:
     message = ifinfmsg()
     message["attrs"] = [("IFLA_EXT_MASK", _SKIP_STATISTICS)]
     return [link_of(answer) for answer in route.dump(message, RTM_GETLINK, what="the interfaces")]
+
+
+@frozen
+class LinkStatistics:
+    """What an interface has counted."""
+
+    rx_packets: int
+    rx_dropped: int
+    tx_packets: int
+    tx_dropped: int
+
+
+def statistics(route: RouteSocket, index: int) -> LinkStatistics:
+    """The counters of an interface.
+
+    Raises:
+        NetlinkError: ENODEV, it is gone.
+    """
+    message = ifinfmsg()
+    message["index"] = index
+    (answer,) = route.ask(message, RTM_GETLINK, what=f"interface {index}")
+    counted = answer.get_attr("IFLA_STATS64")
+    return LinkStatistics(*(counted[field.name] for field in fields(LinkStatistics)))
 
 
 def link_of(message: ifinfmsg) -> Link:

@@ -10,11 +10,13 @@ Source: Documentation/userspace-api/netlink/intro.rst of the kernel; netlink(7),
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
 import socket
 import threading
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -143,6 +145,17 @@ class RouteSocket:
         """Like request, for bytes that `encode` made before: what is to be quick is encoded once."""
         self._exchange(packet, what)
 
+    def send_each(self, packets: Sequence[tuple[bytes, str]]) -> list[NetlinkError | None]:
+        """Several requests, each with its `what`, in one system call, which not even SIGKILL takes apart.
+
+        All of them are done, also those after one that is refused; what each was refused with.
+
+        Raises:
+            NetlinkError: the socket itself failed.
+        """
+        with self._lock:
+            return [error for _, error in self._converse(packets)]
+
     def ask(self, message: M, kind: int, flags: int = 0, *, what: str) -> list[M]:
         """Ask for one object; the messages of the answer.
 
@@ -164,8 +177,11 @@ class RouteSocket:
                 return [_as(message, answer) for answer in answers if answer.kind != wire.NLMSG_DONE]
         raise NetlinkError(what, errno.EINTR, "it changes too fast to be listed")
 
-    def announcements(self) -> list[nlmsg]:
+    def announcements(self, wanted: Callable[[wire.Message], bool] = lambda message: True) -> list[nlmsg]:
         """What the kernel has announced to our groups since; does not wait.
+
+        Args:
+            wanted: looks at the bytes, where decoding all would cost too much.
 
         Raises:
             OSError: ENOBUFS, some were lost: look at everything anew.
@@ -176,33 +192,64 @@ class RouteSocket:
                 datagram = self._socket.recv(_RECEIVE, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return found
-            found += [decode(message) for message in wire.messages(datagram) if message.kind & ~3 in _CLASSES]
+            except OSError:
+                # What is still there is older than what is lost, and than what the caller will see.
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        self._socket.recv(_RECEIVE, socket.MSG_DONTWAIT)
+                raise
+            ours = (message for message in wire.messages(datagram) if message.kind & ~3 in _CLASSES)
+            found += [decode(message) for message in ours if wanted(message)]
 
     def _exchange(self, packet: bytes, what: str) -> list[wire.Message]:
         """The messages that answer a request, without its acknowledgement; with the end of a dump."""
+        with self._lock:
+            ((answers, error),) = self._converse([(packet, what)])
+        if error is not None:
+            raise error
+        return answers
+
+    def _converse(
+        self, packets: Sequence[tuple[bytes, str]]
+    ) -> list[tuple[list[wire.Message], NetlinkError | None]]:
+        """Each request's answers, and its error if it was refused. Holds the lock.
+
+        Raises:
+            NetlinkError: the socket itself failed.
+        """
         if self._groups:
             raise RuntimeError("a socket with groups only listens")
-        with self._lock:
-            sequence = next(self._sequences) & 0xFFFF_FFFF
-            answers: list[wire.Message] = []
-            try:
-                self._socket.send(wire.addressed(packet, sequence))
-                while True:
-                    # All of it is there already; should that ever be wrong, an error is better than waiting.
-                    datagram = self._socket.recv(_RECEIVE, socket.MSG_DONTWAIT)
-                    for message in wire.messages(datagram):
-                        if message.sequence != sequence:
-                            continue  # of a request that ended with an error of ours
-                        said = wire.verdict(message)
-                        if said is None or message.kind == wire.NLMSG_DONE:
-                            answers.append(message)
-                        if said is not None:
-                            if said.number:
-                                raise NetlinkError(what, said.number, said.words or os.strerror(said.number))
-                            return answers
-            except (OSError, wire.WireError) as error:
-                number = getattr(error, "errno", None) or errno.EPROTO
-                raise NetlinkError(what, number, str(getattr(error, "strerror", "") or error)) from error
+        numbers = [next(self._sequences) & 0xFFFF_FFFF for _ in packets]
+        asked = {number: what for number, (_, what) in zip(numbers, packets, strict=True)}
+        answers: dict[int, list[wire.Message]] = {number: [] for number in numbers}
+        ended: dict[int, NetlinkError | None] = {}
+        try:
+            together = [
+                wire.addressed(packet, number) for number, (packet, _) in zip(numbers, packets, strict=True)
+            ]
+            self._socket.send(b"".join(together))
+            while len(ended) < len(numbers):
+                # All of it is there already; should that ever be wrong, an error is better than waiting.
+                for message in wire.messages(self._socket.recv(_RECEIVE, socket.MSG_DONTWAIT)):
+                    number = message.sequence
+                    if number not in asked:
+                        continue  # an answer to a request before, given up with an error of ours
+                    said = wire.verdict(message)
+                    if said is None or message.kind == wire.NLMSG_DONE:
+                        answers[number].append(message)
+                    if said is not None:
+                        ended[number] = _refusal(asked[number], said)
+        except (OSError, wire.WireError) as error:
+            why = getattr(error, "errno", None) or errno.EPROTO
+            words = getattr(error, "strerror", None) or str(error)
+            raise NetlinkError(packets[0][1], why, words) from error
+        return [(answers[number], ended[number]) for number in numbers]
+
+
+def _refusal(what: str, said: wire.Verdict) -> NetlinkError | None:
+    if said.number == 0:
+        return None
+    return NetlinkError(what, said.number, said.words or os.strerror(said.number))
 
 
 def _as(message: M, answer: wire.Message) -> M:

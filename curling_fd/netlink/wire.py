@@ -66,6 +66,7 @@ class WireError(ValueError):
 
 def addressed(packet: bytes, sequence: int) -> bytes:
     """The encoded message `packet` with that sequence number."""
+    assert len(packet) % 4 == 0, "so that another may follow"
     return packet[:_SEQUENCE_AT] + struct.pack("=I", sequence) + packet[_SEQUENCE_AT + 4 :]
 
 

@@ -34,6 +34,7 @@ curling_fd.link.frames
 curling_fd.netlink
 curling_fd.netlink.wire
 curling_fd.output
+curling_fd.output.filters
 curling_fd.output.hold
 curling_fd.qmp
 curling_fd.qmp.protocol
@@ -78,6 +79,10 @@ curling_fd.link.pulse
 curling_fd.link.transport
 curling_fd.netlink.links
 curling_fd.netlink.socket
+curling_fd.netlink.traffic
+curling_fd.output.placement
+curling_fd.output.plug
+curling_fd.output.watch
 curling_fd.qmp.client
 curling_fd.replica.image
 curling_fd.standby.process
