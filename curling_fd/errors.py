@@ -29,10 +29,13 @@
     |   `-- StaleGeneration       the VM has been taken over since
     |-- CaptureError              a checkpoint could not be taken
     |   |-- CheckpointTooLarge, CheckpointTimeout, EngineFailed
-    |-- OutputError             the guest's packets could not be held, or let out
+    |-- OutputError               the guest's packets could not be held, or let out
+    |   |-- ModuleMissing         the kernel lacks what holds them
+    |   `-- PortTaken             another program steers the port's packets
     |-- ArbiterError
     |   |-- ArbiterLost           somebody else may run the VM
     |   `-- ArbiterUnavailable    the arbiter did not answer: nobody may
+    |-- NetlinkError              the kernel refused something about the network
     `-- SessionEnd                protection ended though nothing went wrong with it
         |-- GuestEnded            powered off, panicked, ended by its administrator
         |-- QemuDied              QEMU is gone without a word; the backup may have the VM
@@ -361,6 +364,20 @@ class OutputError(CurlingError):
 
 
 @define(auto_exc=True, slots=False, str=False, eq=False)
+class ModuleMissing(OutputError):
+    """The kernel's `module` is not to be had."""
+
+    module: str
+
+
+@define(auto_exc=True, slots=False, str=False, eq=False)
+class PortTaken(OutputError):
+    """The port `what` has a qdisc for what it receives that is not ours; `why` says what is in it."""
+
+    qdisc: str
+
+
+@define(auto_exc=True, slots=False, str=False, eq=False)
 class ArbiterError(CurlingError):
     """Something about who may run the VM."""
 
@@ -376,6 +393,15 @@ class ArbiterLost(ArbiterError):
 @define(auto_exc=True, slots=False, str=False, eq=False)
 class ArbiterUnavailable(ArbiterError):
     why: str
+
+
+@define(auto_exc=True, slots=False, str=False, eq=False)
+class NetlinkError(CurlingError):
+    """The kernel refused `what` with `errno` and said `words`."""
+
+    what: str
+    errno: int
+    words: str
 
 
 class SessionEnd(CurlingError):

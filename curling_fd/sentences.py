@@ -7,6 +7,7 @@ people write them; an error whose words depend on its facts has a function, regi
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable
 from functools import singledispatch
 from typing import Any
@@ -210,6 +211,19 @@ _WORDS: dict[type[errors.CurlingError], tuple[str, str]] = {
         "Look at {what} ('ip -d link', 'tc -s qdisc'); once it is as it should be, the VM is protected again "
         "by itself.",
     ),
+    errors.ModuleMissing: (
+        "The guest's packets at {what} cannot be held: the kernel has no {module} ({why}).",
+        "Install the modules of the running kernel (Debian: linux-image-amd64; Ubuntu: linux-modules-extra "
+        "of its version) and see that 'modprobe {module}' works; or have QEMU hold them: output = "
+        '"filter".',
+    ),
+    errors.PortTaken: (
+        "The guest's packets at {what} cannot be held: another program has put the qdisc {qdisc} on it, "
+        "{why}.",
+        "'tc filter show dev {what} ingress' tells whose it is: libvirt makes one for <bandwidth>, Cilium "
+        "for its programs. Take it out there, then 'tc qdisc del dev {what} {qdisc}'; or have QEMU hold "
+        'them: output = "filter".',
+    ),
     # Who may run
     errors.ArbiterError: (
         "Who may run the VM could not be settled.",
@@ -364,6 +378,25 @@ def _(error: errors.PeerIncompatible) -> Sentence:
     return Sentence(
         f"The two curlingd speak different versions of the link: {error.ours} here, {error.theirs} there.",
         f"Upgrade Curling on {older}.",
+    )
+
+
+_ABOUT_NETWORK = {
+    errno.EPERM: "Run curlingd as its unit does, with CAP_NET_ADMIN in the name space of the interface.",
+    errno.EEXIST: "Something like it is there already: see whose it is with 'ip -d link', 'ip address', 'ip "
+    "route' and 'tc qdisc', and remove it if nobody needs it.",
+    errno.ENODEV: "See with 'ip link' whether the interface is there or has another name, and correct the "
+    "VM's file.",
+    errno.EBUSY: "Another program uses it: see with 'ip -d link' what it belongs to, and take it out there.",
+}
+
+
+@sentence.register
+def _(error: errors.NetlinkError) -> Sentence:
+    name = errno.errorcode.get(error.errno, "unknown")
+    return Sentence(
+        f"The kernel refused {error.what}: {_clause(error.words)} ({name}, error {error.errno}).",
+        _ABOUT_NETWORK.get(error.errno, "The kernel's log may say more: 'journalctl -k'."),
     )
 
 

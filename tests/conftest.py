@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 
 from .lab.bootsector import has_kvm
-from .lab.hosts import Host, termination_as_interrupt, two_hosts
+from .lab.hosts import Host, lone_host, termination_as_interrupt, two_hosts
 from .lab.roots import Executable, qemu_binary
 
 # No test of ours is about time, and a run of CI is to say the same as the one before.
@@ -46,6 +46,13 @@ def host_pair() -> Iterator[tuple[Host, Host]]:
     """Two hosts that reach each other."""
     with two_hosts() as hosts:
         yield hosts
+
+
+@pytest.fixture
+def lone() -> Iterator[Host]:
+    """A host of its own, with nothing but lo."""
+    with lone_host() as host:
+        yield host
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

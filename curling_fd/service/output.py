@@ -20,6 +20,8 @@ from curling_fd.failover.states import State
 from curling_fd.output.filter import FilterHold, left_in
 from curling_fd.output.hold import NoHold, OutputHold
 from curling_fd.output.nics import Nic, parse_nics
+from curling_fd.output.taps import TapHold, taps_of
+from curling_fd.output.watch import Frame
 from curling_fd.qmp.client import QmpClient
 from curling_fd.service.record import VmRecord, text
 
@@ -52,15 +54,17 @@ class Output:
             OutputError: they could not be; everything is as it was.
         """
         await self._let_out()
-        hold = await self._choose(qmp)
-        await hold.attach()
-        self._record.hold = hold
+        self._record.hold = await self._attached(qmp)
 
     async def adopt(self, qmp: QmpClient) -> None:
         """Hold on to what a daemon before us has left at this VM."""
-        assert self._record.qmp is not None
-        if self._record.hold is None and (netdevs := await left_in(qmp)):
-            self._record.hold = FilterHold(qmp, self._record.qmp, netdevs, adopted=True)
+        record = self._record
+        if record.hold is not None:
+            return
+        record.hold = await self._left_plugged()
+        if record.hold is None and (netdevs := await left_in(qmp)):
+            assert record.qmp is not None
+            record.hold = FilterHold(qmp, record.qmp, netdevs, adopted=True)
 
     async def settle(self) -> None:
         """Do what the state of the VM asks for."""
@@ -94,18 +98,51 @@ class Output:
             return False
         return True
 
-    async def _choose(self, qmp: QmpClient) -> OutputHold:
+    async def _attached(self, qmp: QmpClient) -> OutputHold:
         wanted = self._record.config.output
         if wanted == "none":
             return NoHold()
         answer = await qmp.execute("human-monitor-command", {"command-line": "info network"})
         nics = [nic for nic in parse_nics(str(answer)) if nic.netdev is not None]
-        if not nics:
-            return NoHold()
         for nic in nics:
             _check(nic)
-        assert self._record.qmp is not None
-        return FilterHold(qmp, self._record.qmp, [nic.netdev for nic in nics if nic.netdev])
+        if not nics:
+            return NoHold()
+        try:
+            if wanted != "filter":
+                return await self._plugged(nics, qmp.pid)
+        except (OutputError, CannotHold) as error:
+            if wanted == "plug":
+                raise
+            why = error
+        try:
+            assert self._record.qmp is not None
+            hold = FilterHold(qmp, self._record.qmp, [nic.netdev for nic in nics if nic.netdev])
+            await hold.attach()
+            return hold
+        except CannotHold as error:
+            if wanted == "filter":
+                raise
+            raise CannotHold(error.nic, f"by QEMU, {error.why}; by the kernel, {text(why)}") from None
+
+    async def _plugged(self, nics: list[Nic], pid: int) -> OutputHold:
+        for nic in nics:
+            if nic.kind != "tap":
+                raise CannotHold(nic.name, f"it is on a {nic.kind} network, and plugs are for taps")
+        config = self._record.config
+        taps = taps_of(pid)
+        if not taps:
+            raise CannotHold(nics[0].name, "the tap of its QEMU is not in the daemon's network namespace")
+        hold = TapHold(taps, limit=config.output_limit, vm=config.name, on_frame=self._learn)
+        await hold.attach()
+        return hold
+
+    async def _left_plugged(self) -> OutputHold | None:
+        config = self._record.config
+        return TapHold.left(config.name, limit=config.output_limit, on_frame=self._learn)
+
+    def _learn(self, frame: Frame) -> None:
+        """See which addresses the guest has."""
 
 
 def _check(nic: Nic) -> None:

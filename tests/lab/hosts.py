@@ -115,6 +115,21 @@ def two_hosts(names: tuple[str, str] = ("alpha", "beta")) -> Iterator[tuple[Host
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def lone_host(name: str = "lone") -> Iterator[Host]:
+    """A host without a link, for what happens inside one. It is removed at the end, interfaces and all."""
+    remove_leftovers()
+    folder = scratch_folder()
+    host = Host(name, f"curling-{os.getpid()}-{next(_serial)}-{name}", "", folder)
+    try:
+        run(["ip", "netns", "add", host.namespace])
+        host._ip("link", "set", "lo", "up")
+        yield host
+    finally:
+        _remove_namespace(host.namespace)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def scratch_folder() -> Path:
     """A new folder for this process; whoever asks for it removes it."""
     return Path(tempfile.mkdtemp(prefix=f"curling-lab-{os.getpid()}-"))

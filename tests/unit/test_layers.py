@@ -31,7 +31,10 @@ curling_fd.journald.entry
 curling_fd.journald.messages
 curling_fd.link
 curling_fd.link.frames
+curling_fd.netlink
+curling_fd.netlink.wire
 curling_fd.output
+curling_fd.output.filters
 curling_fd.output.nics
 curling_fd.qmp
 curling_fd.qmp.protocol
@@ -74,8 +77,15 @@ curling_fd.failover.arbiter
 curling_fd.journald.sender
 curling_fd.link.pulse
 curling_fd.link.transport
+curling_fd.netlink.links
+curling_fd.netlink.socket
+curling_fd.netlink.traffic
 curling_fd.output.filter
 curling_fd.output.hold
+curling_fd.output.placement
+curling_fd.output.plug
+curling_fd.output.taps
+curling_fd.output.watch
 curling_fd.qmp.client
 curling_fd.replica.image
 curling_fd.standby.process
@@ -162,7 +172,7 @@ LAYER = {
 }
 
 #: What the protocol layer may use beside itself: none of these can wait, open or ask for anything. Of `sys`
-#: it is the byte order.
+#: it is the byte order, of `errno` the names of numbers.
 PURE = frozenset(
     {
         "__future__",
@@ -173,6 +183,7 @@ PURE = frozenset(
         "dataclasses",
         "difflib",
         "enum",
+        "errno",
         "fractions",
         "functools",
         "itertools",

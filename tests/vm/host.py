@@ -164,8 +164,8 @@ class Host:
     def _command(self) -> list[str]:
         cmdline = (
             "console=ttyS0 root=/dev/vda rw panic=-1 quiet net.ifnames=0 "
-            # QEMU loses a timer's interrupt now and then, for a CPU that halts. If that is one of a clock that
-            # ticks every 4 ms it does no harm; if it was to come once the host stands still until another comes.
+            # QEMU loses a timer's interrupt now and then, for a CPU that halts. If one comes every 4 ms that
+            # does no harm; if it was to come once, the host stands still until another comes.
             "nohz=off highres=off "
             "no_timer_check nokaslr cryptomgr.notests mitigations=off "
             f"systemd.hostname={self.name} systemd.machine_id={self.number:032x} "
