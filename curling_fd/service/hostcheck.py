@@ -19,7 +19,7 @@ ROOM = 1 << 20
 #: Free inodes it must have: a standby makes a directory and a handful of sockets.
 _INODES = 32
 
-#: What holds a guest's packets until their checkpoint is committed, once Curling does that with the kernel.
+#: What holds a guest's packets until their checkpoint is committed, with output = "plug".
 _HOLDING = ("sch_plug", "ifb", "sch_ingress", "cls_matchall", "act_mirred")
 
 _DAY = 86400.0
@@ -71,8 +71,8 @@ def _modules() -> Check:
         "whether they can be had is not known" if missing is None else f"{', '.join(missing)} cannot be had"
     )
     remedy = (
-        "nothing today: Curling does not hold packets back yet. For when it does, install the modules of the "
-        "running kernel (Debian: linux-image-amd64 has them)"
+        "without them packets are held in QEMU, which needs network cards without vhost; install the modules of "
+        "the running kernel (Debian: linux-image-amd64 has them)"
     )
     return Check("kernel modules", None, "warning", f"for holding packets in the kernel: {what}", remedy)
 

@@ -80,7 +80,7 @@ class Wire:
 
     def heard(self) -> list[int]:
         """What came since the last look."""
-        numbers = []
+        numbers: list[int] = []
         while True:
             try:
                 frame = self._socket.recv(64)
