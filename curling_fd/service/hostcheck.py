@@ -71,8 +71,8 @@ def _modules() -> Check:
         "whether they can be had is not known" if missing is None else f"{', '.join(missing)} cannot be had"
     )
     remedy = (
-        "without them packets are held in QEMU, which needs network cards without vhost; install the modules of "
-        "the running kernel (Debian: linux-image-amd64 has them)"
+        "without them packets are held in QEMU, which needs network cards without vhost; install the modules "
+        "of the running kernel (Debian: linux-image-amd64 has them)"
     )
     return Check("kernel modules", None, "warning", f"for holding packets in the kernel: {what}", remedy)
 
