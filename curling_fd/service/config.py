@@ -172,7 +172,11 @@ class VmConfig:
         "The guest never runs longer than this without a checkpoint being asked for.",
     )
     shortest_epoch: float = key(
-        Duration(0, 60), "10ms", "The guest runs at least this long between two checkpoints."
+        Duration(0, 60),
+        "2ms",
+        "When the guest has packets waiting, its checkpoint is asked for this long after the last one; but "
+        "it always runs at least as long as it last stood still. Longer means more work done by a busy "
+        "guest, and later answers.",
     )
     max_checkpoint: int = key(
         Size(1 << 20, 1 << 42),

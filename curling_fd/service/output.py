@@ -14,15 +14,16 @@ It outlives the daemon too. The next one finds what the one before has left, and
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
-from curling_fd.errors import CannotHold, OutputError, QmpDisconnected, QmpUnreachable
+from curling_fd.errors import CannotHold, OutputError, QmpDisconnected, QmpError, QmpUnreachable
 from curling_fd.failover.states import State
 from curling_fd.output.filter import FilterHold, left_in
 from curling_fd.output.hold import NoHold, OutputHold
 from curling_fd.output.nics import Nic, parse_nics
 from curling_fd.output.taps import TapHold, taps_of
 from curling_fd.output.watch import Frame
-from curling_fd.qmp.client import QmpClient
+from curling_fd.qmp.client import QmpClient, open_qmp
 from curling_fd.service.record import VmRecord, text
 
 #: What is behind cards whose packets nothing of ours can hold, and why.
@@ -65,6 +66,16 @@ class Output:
         if record.hold is None and (netdevs := await left_in(qmp)):
             assert record.qmp is not None
             record.hold = FilterHold(qmp, record.qmp, netdevs, adopted=True)
+
+    async def tidy(self) -> None:
+        """The daemon starts, and nobody wants the VM protected: see to what the one before has left."""
+        record = self._record
+        record.hold = await self._left_plugged()
+        if record.hold is None and record.qmp is not None:
+            with suppress(QmpError):
+                async with open_qmp(record.qmp) as qmp:
+                    await self.adopt(qmp)
+        await self.settle()
 
     async def settle(self) -> None:
         """Do what the state of the VM asks for."""

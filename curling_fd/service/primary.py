@@ -43,6 +43,7 @@ from curling_fd.qmp.protocol import Event
 from curling_fd.service.farewell import refusal
 from curling_fd.service.gate import OutputGate
 from curling_fd.service.options import Callbacks, SessionOptions
+from curling_fd.service.pace import Boundary
 from curling_fd.service.pass_shipper import PassShipper
 from curling_fd.service.statistics import Counters
 from curling_fd.service.stops import StopWatcher, Window
@@ -241,7 +242,8 @@ class PrimarySession:
             self._pass = None
 
     async def _capture_all(self, channel: trio.MemorySendChannel[tuple[int, Captured]]) -> Finish:
-        boundary = trio.current_time() - self._options.pace.longest
+        now = trio.current_time()
+        boundary = Boundary(now - self._options.pace.longest, now)
         while True:
             await self._engine.ready()
             captured: Captured | None = None
@@ -257,8 +259,9 @@ class PrimarySession:
                         last = self._switching
                         # Else paused, or asked for a rest, while we waited.
                         if last or not (self.stops.paused or self._pulse.resting):
-                            boundary = trio.current_time()
+                            stopped = trio.current_time()
                             captured = await self._capture(buffer, resume=not last)
+                            boundary = Boundary(stopped, trio.current_time())
                 finally:
                     if captured is None:
                         self._pool.release(buffer)
@@ -358,7 +361,7 @@ class PrimarySession:
             if not self._restarting:  # else the next daemon tells it
                 await self._link.send(Kind.NOTE, self._generation, content={"paused": paused})
 
-    async def _until_due(self, boundary: float) -> None:
+    async def _until_due(self, boundary: Boundary) -> None:
         """Wait until a checkpoint is due, the guest not being paused; or a switch is wanted."""
         while not self._restarting and (not self._switching or self._pulse.resting):
             if self._pulse.resting:

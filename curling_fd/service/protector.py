@@ -136,6 +136,10 @@ class Protector:
         self._by_order = self._handover.given_up = False
         self._record.host.nursery.start_soon(self._run, first)
 
+    async def tidy(self) -> None:
+        """The daemon starts, and does not protect the VM: see to the packets that the one before us held."""
+        await self._output.tidy()
+
     async def unprotect(self) -> None:
         """Stop protecting; the guest runs on alone when this returns."""
         record = self._record

@@ -43,6 +43,8 @@ class Vm:
             return
         if self.record.wanted_at_start and self.record.state is not State.FENCED:
             self._protector.start()
+        else:
+            self.record.host.nursery.start_soon(self._protector.tidy)
 
     def _take_up(self, estate: Estate) -> bool:
         record = self.record
