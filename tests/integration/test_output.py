@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.integration.stage import VM, Stage, stage
+from tests.lab.connections import COUNTER, SINK, STREAM, Progress, connected, download, increment, upload
 from tests.lab.front import CARD, CLIENT_ADDRESS, GUEST_ADDRESS, Front
 from tests.lab.guests import LinuxGuest
 from tests.lab.roots import Executable
@@ -33,6 +34,11 @@ TALKER = LinuxGuest(
 
 #: Datagrams that are many epochs' worth.
 MANY = 500
+
+SERVER = LinuxGuest(pages=64, dirty=8, pause_us=20000, memory="128M", ip=f"{GUEST_ADDRESS}/24", serve=1)
+
+#: Numbers of eight bytes, in one connection.
+BULK = 4_000_000
 
 #: How often a host is killed at a random moment; 200 for a proof: CURLING_KILLS=200 make test TESTS=...
 KILLS = int(os.environ.get("CURLING_KILLS", "5"))
@@ -160,6 +166,41 @@ async def test_whenever_a_host_is_killed_nothing_of_an_uncommitted_epoch_was_on_
             await successor.wait_state(VM, "protected", within=60)
             in_order(wire, other.name)
             ends.reverse()
+
+
+async def test_connections_of_clients_survive_the_host(unstable_qemu: Executable) -> None:
+    vm = LabVm(qemu=unstable_qemu, guest=SERVER, extra=CARD)
+    async with stage(vm, with_front=True) as here:
+        assert here.front is not None
+        client = here.front.client
+        await here.protect(5)
+        made = {name: Progress() for name in ("download", "upload", "counter")}
+        with trio.fail_after(180):
+            async with (
+                connected(client, GUEST_ADDRESS, COUNTER) as counter,
+                connected(client, GUEST_ADDRESS, STREAM) as stream,
+                connected(client, GUEST_ADDRESS, SINK) as sink,
+                trio.open_nursery() as nursery,
+            ):
+                nursery.start_soon(download, stream, BULK, made["download"])
+                nursery.start_soon(upload, sink, BULK, made["upload"])
+                after, number = 50, 0
+                while after:
+                    number += 1
+                    assert await increment(counter, made["counter"]) == number, (
+                        "none lost, none counted twice"
+                    )
+                    if here.vm.running():
+                        if (
+                            number > 20
+                            and min(made[name].steps for name in ("download", "upload")) > BULK // 8
+                        ):
+                            here.lose_alpha()
+                    else:
+                        after -= 1
+        assert min(each.longest for each in made.values()) > 0.5, "each was under way when the host was lost"
+        assert (await here.backup.show(VM))["generation"] == 2
+        await here.goes_on()
 
 
 def in_order(wire: Front, host: str) -> None:

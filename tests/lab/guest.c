@@ -20,6 +20,9 @@
  *   curling.send_to=       an IPv4 address: numbered datagrams go to its port 9 (discard), MAGIC and the number, each
  *                          eight bytes, from 1 on
  *   curling.send_gap_us=1000  microseconds between two of them
+ *   curling.serve=1        TCP: port 7 answers each line with how many lines there were on all connections; 19 sends
+ *                          numbers of eight bytes, 1, 2, 3 ... for as long as somebody reads; 9 takes such numbers and
+ *                          answers the end of them with how many there were, or 0 if one was not the next
  *
  * Says on ttyS0:
  *   curling ready pages=4096 threads=2 mode=verify
@@ -35,6 +38,7 @@
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -242,6 +246,97 @@ static void start_sender(const char *cmdline, uint64_t gap_us)
         pthread_create(&thread, NULL, send_numbers, &sender);
 }
 
+static int put(int sock, const void *data, size_t length)
+{
+    const char *from = data;
+    while (length > 0) {
+        ssize_t sent = send(sock, from, length, MSG_NOSIGNAL);
+        if (sent <= 0)
+            return 0;
+        from += sent;
+        length -= sent;
+    }
+    return 1;
+}
+
+static void *count_lines(void *argument)
+{
+    static _Atomic uint64_t lines;
+    int sock = (intptr_t)argument;
+    char got[64], answer[32];
+    ssize_t length;
+
+    while ((length = recv(sock, got, sizeof got, 0)) > 0)
+        for (ssize_t i = 0; i < length; i++)
+            if (got[i] == '\n' && !put(sock, answer, sprintf(answer, "%lu\n", (uint64_t)++lines)))
+                break;
+    close(sock);
+    return NULL;
+}
+
+static void *send_stream(void *argument)
+{
+    int sock = (intptr_t)argument;
+    uint64_t numbers[1024], next = 1;
+
+    do {
+        for (size_t i = 0; i < 1024; i++)
+            numbers[i] = next++;
+    } while (put(sock, numbers, sizeof numbers));
+    close(sock);
+    return NULL;
+}
+
+static void *take_stream(void *argument)
+{
+    int sock = (intptr_t)argument;
+    uint64_t numbers[1024], count = 0, right = 1;
+    ssize_t length;
+
+    while ((length = recv(sock, numbers, sizeof numbers, MSG_WAITALL)) > 0)
+        for (ssize_t i = 0; i < length / 8; i++)
+            right &= numbers[i] == ++count;
+    count *= right;
+    put(sock, &count, sizeof count);
+    close(sock);
+    return NULL;
+}
+
+struct service {
+    uint16_t port;
+    void *(*serve)(void *);
+};
+
+static void *listen_for(void *argument)
+{
+    const struct service *service = argument;
+    struct sockaddr_in here = {.sin_family = AF_INET, .sin_port = htons(service->port)};
+    int listener = socket(AF_INET, SOCK_STREAM, 0);
+
+    if (bind(listener, (const void *)&here, sizeof here) || listen(listener, 8))
+        SAY("curling cannot listen port=%u\n", service->port);
+    for (;;) {
+        int sock = accept(listener, NULL, NULL), one = 1;
+        pthread_t thread;
+
+        if (sock < 0)
+            continue;
+        setsockopt(sock, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+        pthread_create(&thread, NULL, service->serve, (void *)(intptr_t)sock);
+        pthread_detach(thread);
+    }
+    return NULL;
+}
+
+static void start_services(void)
+{
+    static const struct service services[] = {{7, count_lines}, {19, send_stream}, {9, take_stream}};
+    for (size_t i = 0; i < sizeof services / sizeof *services; i++) {
+        pthread_t thread;
+        pthread_create(&thread, NULL, listen_for, (void *)&services[i]);
+    }
+}
+
 static void set_dirty(uint64_t wanted)
 {
     dirty = wanted < pages ? wanted : pages;
@@ -370,6 +465,8 @@ int main(void)
         pthread_create(&thread, NULL, worker_main, (void *)worker);
     }
     start_sender(cmdline, parameter(cmdline, "curling.send_gap_us=", 1000));
+    if (parameter(cmdline, "curling.serve=", 0))
+        start_services();
     SAY("curling ready pages=%lu threads=%lu mode=%s\n", pages, threads, dirty_mode ? "dirty" : "verify");
 
     for (;;) {

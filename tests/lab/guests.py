@@ -29,7 +29,8 @@ class Guest(Protocol):
 class LinuxGuest:
     """Debian's kernel with guest.c as its only program; the fields are explained there.
 
-    `ip` ("10.0.0.5/24") is given to its first network card; it sends numbered datagrams to `send_to`.
+    `ip` ("10.0.0.5/24") is given to its first network card; it sends numbered datagrams to `send_to`,
+    and is a TCP server with `serve=1`.
     """
 
     pages: int = 4096
@@ -41,6 +42,7 @@ class LinuxGuest:
     ip: str | None = None
     send_to: str | None = None
     send_gap_us: int | None = None
+    serve: int | None = None
     memory: str = "256M"
 
     def arguments(self) -> list[str]:
@@ -56,6 +58,7 @@ class LinuxGuest:
             "ip": self.ip,
             "send_to": self.send_to,
             "send_gap_us": self.send_gap_us,
+            "serve": self.serve,
         }
         given = " ".join(f"curling.{key}={value}" for key, value in settings.items() if value is not None)
         # panic=0: a panicked kernel stays where it is instead of rebooting.
