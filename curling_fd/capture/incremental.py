@@ -33,6 +33,9 @@ from curling_fd.system.guard import LOST_HEARTBEAT, Guard
 _NAME = "incremental"
 _FD_NAME = "curling-migration"
 
+#: Seconds after its delay within which QEMU asks for the next checkpoint.
+_LATE = 1.0
+
 
 class IncrementalEngine:
     """Made by `open_incremental` and `inherit_incremental`. Borrows monitor and migration socket."""
@@ -113,12 +116,22 @@ class IncrementalEngine:
         if self._requested:
             await trio.lowlevel.checkpoint()
             return
-        await trio.lowlevel.wait_readable(self._socket)
+        while not await self._asked():
+            # QEMU counts the time until it asks with the host's clock, and waits for an hour if that is set
+            # back by one. Being told the delay makes it ask at once.
+            await self._qmp.execute(
+                "migrate-set-parameters", {"x-checkpoint-delay": self._options.request_delay_ms}
+            )
         request = self._socket.recv(colo.MESSAGE_SIZE, socket.MSG_WAITALL)
         if not request:
             raise EngineFailed(_NAME, "QEMU closed the migration")
         colo.expect(request, Message.CHECKPOINT_REQUEST)
         self._requested = True
+
+    async def _asked(self) -> bool:
+        with trio.move_on_after(self._options.request_delay_ms / 1000 + _LATE) as scope:
+            await trio.lowlevel.wait_readable(self._socket)
+        return not scope.cancelled_caught
 
     async def checkpoint(
         self, buffer: Buffer, on_boundary: Callable[[], None] | None = None, *, resume: bool = True

@@ -278,6 +278,16 @@ async def test_a_frozen_standby_does_not_keep_the_guest_from_being_protected(
 # Memory.
 
 
+async def test_a_qemu_that_would_ask_in_an_hour_is_made_to_ask(unstable_qemu: Executable) -> None:
+    """As one does whose host's clock is set back by an hour."""
+    async with stage(LabVm(qemu=unstable_qemu, guest=BUSY)) as here:
+        await here.protect()
+        async with here.operator() as operator:
+            await operator.execute("migrate-set-parameters", {"x-checkpoint-delay": 3_600_000})
+        await here.more_checkpoints(20)
+        assert here.happened(here.primary, "prepared") == 1
+
+
 async def test_the_guest_outlives_a_checkpoint_that_is_too_large(unstable_qemu: Executable) -> None:
     guest_with_room = LinuxGuest(pages=4096, dirty=16, pause_us=5000, memory="128M")
     async with protected(unstable_qemu, guest_with_room, max_checkpoint="4MiB") as (here, guest):

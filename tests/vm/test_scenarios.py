@@ -116,6 +116,7 @@ async def test_a_clock_that_is_set_by_an_hour_on_either_host_changes_nothing(lab
     await runs_on(lab, lab.alpha)
     for host, step in zip(lab.hosts, ("-1 hour", "+1 hour"), strict=True):
         await host.agent.run(["date", f"--set={step}"])
+        await more_checkpoints(lab, lab.alpha)
 
 
 async def test_a_planned_switch_there_and_back_loses_nothing(lab: Lab) -> None:
