@@ -41,6 +41,7 @@ from curling_fd.service.config_keys import (
     Word,
     key,
 )
+from curling_fd.service.config_network import NetworkConfig
 from curling_fd.units import format_duration
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "Address",
     "Config",
     "DaemonConfig",
+    "NetworkConfig",
     "StandbyConfig",
     "VmConfig",
     "examine",
@@ -221,6 +223,13 @@ class VmConfig:
     )
     autostart: bool = key(Flag(), False, "Protect the VM by itself when the daemon starts.")
     standby: StandbyConfig = attrs.field(factory=StandbyConfig, metadata={"table": StandbyConfig})
+    network: NetworkConfig = attrs.field(factory=NetworkConfig, metadata={"table": NetworkConfig})
+
+
+_TABLES: dict[str, type[Any]] = {
+    field.name: field.metadata["table"] for field in attrs.fields(VmConfig) if "table" in field.metadata
+}
+"""The tables of a VM's file."""
 
 
 @frozen
@@ -380,17 +389,18 @@ def _contradictions(
 
 def _nearest(kind: type[Any], name: str) -> tuple[str | None, str]:
     """Find the key somebody meant by `name`, and say what is wrong with `name`."""
-    own, table = _names(kind), _names(StandbyConfig, "standby.")
-    last = name.rpartition(".")[2]
-    if kind is StandbyConfig and last in _names(VmConfig):
-        return last, "unknown key: it belongs above the line [standby]"
-    if kind is VmConfig and f"standby.{name}" in table:
-        return f"standby.{name}", "unknown key: it belongs below the line [standby]"
+    table, dot, last = name.rpartition(".")
+    if dot and last in _names(VmConfig):
+        return last, f"unknown key: it belongs above the line [{table}]"
+    if kind is not DaemonConfig:
+        for other, other_kind in _TABLES.items():
+            if other_kind is not kind and last in _names(other_kind):
+                return f"{other}.{last}", f"unknown key: it belongs below the line [{other}]"
     if kind is VmConfig and name in _names(DaemonConfig):
         return None, "unknown key: it belongs in curlingd.toml"
     if kind is DaemonConfig and name in _names(VmConfig):
         return None, "unknown key: it belongs in the file of a VM"
-    candidates = table if kind is StandbyConfig else own
+    candidates = _names(kind, f"{table}." if dot else "")
     return next(iter(difflib.get_close_matches(name, candidates, 1)), None), "unknown key"
 
 
@@ -404,7 +414,7 @@ def reference() -> str:
     for title, kind, prefix in (
         ("curlingd.toml", DaemonConfig, ""),
         ("vms/NAME.toml", VmConfig, ""),
-        ("[standby] in vms/NAME.toml", StandbyConfig, "standby."),
+        *((f"[{name}] in vms/NAME.toml", kind, f"{name}.") for name, kind in _TABLES.items()),
     ):
         parts.append(f"## {title}\n")
         for field in attrs.fields(kind):

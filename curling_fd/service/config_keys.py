@@ -56,7 +56,7 @@ class Flag:
 
     def read(self, value: Any) -> bool:
         if not isinstance(value, bool):
-            raise ValueError(f"{_show(value)} is not true or false")
+            raise ValueError(f"{show(value)} is not true or false")
         return value
 
     def describe(self) -> str:
@@ -72,7 +72,7 @@ class Number:
 
     def read(self, value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{_show(value)} is not a whole number")
+            raise ValueError(f"{show(value)} is not a whole number")
         if not self.least <= value <= self.most:
             raise ValueError(f"{value} is not from {self.least} to {self.most}")
         return value
@@ -155,7 +155,7 @@ class Choice:
 
     def read(self, value: Any) -> str:
         if value not in self.words:
-            raise ValueError(f"{_show(value)} is not one of {', '.join(self.words)}")
+            raise ValueError(f"{show(value)} is not one of {', '.join(self.words)}")
         return str(value)
 
     def describe(self) -> str:
@@ -244,7 +244,7 @@ class ListOf:
 
     def read(self, value: Any) -> tuple[str, ...]:
         if not isinstance(value, list):
-            raise ValueError(f"{_show(value)} is not a list of {self.what}")
+            raise ValueError(f"{show(value)} is not a list of {self.what}")
         return tuple(Word(f"one of the {self.what}").read(element) for element in value)
 
     def describe(self) -> str:
@@ -259,7 +259,7 @@ class TextTable:
 
     def read(self, value: Any) -> Mapping[str, str]:
         if not isinstance(value, dict):
-            raise ValueError(f"{_show(value)} is not a table of {self.what}")
+            raise ValueError(f"{show(value)} is not a table of {self.what}")
         return {name: _text(text, f"text, as {name!r} needs") for name, text in value.items()}
 
     def describe(self) -> str:
@@ -296,11 +296,12 @@ def key(kind: Kind[T_co], default: Any, doc: str, *, shown: str | None = None) -
 
 def _text(value: Any, wanted: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{_show(value)} is not {wanted}")
+        raise ValueError(f"{show(value)} is not {wanted}")
     return value
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """Write a value of a TOML file for a message, cut short where it is long."""
     shown = _toml(value)
     return shown if len(shown) <= 40 else shown[:37] + "..."
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from curling_fd import errors
 from curling_fd.errors import ConfigError
+from curling_fd.network.words import GuestAddress, HostAddress, Route
 from curling_fd.sentences import sentence
 from curling_fd.service import config
-from curling_fd.service.config import DaemonConfig, StandbyConfig, VmConfig, examine, load
+from curling_fd.service.config import DaemonConfig, NetworkConfig, StandbyConfig, VmConfig, examine, load
 from curling_fd.service.config_keys import Address
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +48,8 @@ def test_empty_files_give_the_defaults(tmp_path: Path) -> None:
     assert read.vms == {"db1": VmConfig("db1")}
     assert read.vms["db1"].max_checkpoint == 1 << 30
     assert read.vms["db1"].standby == StandbyConfig()
+    assert read.vms["db1"].network == NetworkConfig()
+    assert read.vms["db1"].network.announce == (0, 0.05, 0.15, 0.35, 0.75, 1.5, 3)
 
 
 def test_every_key_can_be_set(tmp_path: Path) -> None:
@@ -77,6 +81,15 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         qemu = "/opt/qemu"
         extra_args = ["-S"]
         replace = { "/a" = "/b" }
+        [network]
+        bridge = "br0"
+        bridges = { "vmbr1" = "br1" }
+        addresses = ["198.51.100.9", "2001:DB8::9/64 mac 52-54-00-12-34-56 vlan 10"]
+        learn = false
+        host_addresses = ["192.0.2.80/24 dev br0 metric 50 label br0:vip", "2001:db8::80/128 dev br0"]
+        routes = ["10.9.0.0/16 via 192.0.2.9 metric 50 table 100", "blackhole 10.0.0.0/8"]
+        duplicate_address_detection = "0s"
+        announce = ["0s", "1s"]
     """
     read = load(write(tmp_path, {"curlingd.toml": daemon, "vms/db1.toml": vm}))
     assert read.daemon == DaemonConfig(
@@ -97,6 +110,25 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         scratch_disks=("disk1", "disk2"),
         autostart=True,
         standby=StandbyConfig("/opt/qemu", ("-S",), {"/a": "/b"}),
+        network=NetworkConfig(
+            bridge="br0",
+            bridges={"vmbr1": "br1"},
+            addresses=(
+                GuestAddress(ip_address("198.51.100.9")),
+                GuestAddress(ip_address("2001:db8::9"), "52:54:00:12:34:56", 10),
+            ),
+            learn=False,
+            host_addresses=(
+                HostAddress(ip_address("192.0.2.80"), 24, "br0", metric=50, label="br0:vip"),
+                HostAddress(ip_address("2001:db8::80"), 128, "br0"),
+            ),
+            routes=(
+                Route(ip_network("10.9.0.0/16"), ip_address("192.0.2.9"), metric=50, table=100),
+                Route(ip_network("10.0.0.0/8"), kind="blackhole"),
+            ),
+            duplicate_address_detection=0.0,
+            announce=(0.0, 1.0),
+        ),
     )
 
 
@@ -135,6 +167,11 @@ def test_the_error_is_in_the_drop_in_that_made_it(tmp_path: Path) -> None:
         ("vms/a.toml", "[standby]\npeer = 'a:1'", "standby.peer", "peer"),
         ("vms/a.toml", "[stanby]\nqemu = '/a'", "stanby", "standby"),
         ("vms/a.toml", "name = 'b'", "name", None),
+        ("vms/a.toml", "[network]\nadresses = []", "network.adresses", "network.addresses"),
+        ("vms/a.toml", "[network]\npeer = 'a:1'", "network.peer", "peer"),
+        ("vms/a.toml", "[network]\nextra_args = []", "network.extra_args", "standby.extra_args"),
+        ("vms/a.toml", "routes = []", "routes", "network.routes"),
+        ("vms/a.toml", "[netwrk]\nbridge = 'a'", "netwrk", "network"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_right_one(
@@ -221,12 +258,29 @@ def test_a_wrong_value_of_a_vm_is_refused(tmp_path: Path, line: str, said: str) 
         ('replace = {"/a" = 1}', "standby.replace", "1 is not text"),
         ('extra_args = ""', "standby.extra_args", "is not a list"),
         ('qemu = "qemu"', "standby.qemu", "not an absolute path"),
+        ('bridge = "a/b"', "network.bridge", '"a/b" is not the name of an interface'),
+        ('bridge = "a234567890123456"', "network.bridge", "1 to 15 letters"),
+        ("bridge = 1", "network.bridge", "1 is not the name of an interface"),
+        ('bridges = ["br0"]', "network.bridges", "is not a table"),
+        ('bridges = {"br0" = ""}', "network.bridges", '"" is not the name'),
+        ('addresses = "10.0.0.1"', "network.addresses", "is not a list of addresses"),
+        ("addresses = [1]", "network.addresses", "1 is not text like"),
+        ('addresses = ["10.0.0.1", "10.0.0.1/8"]', "network.addresses", "10.0.0.1 is there twice"),
+        ('host_addresses = ["10.0.0.1/8"]', "network.host_addresses", "add dev NAME"),
+        ('routes = ["10.0.0.1/8 via 1.1.1.1"]', "network.routes", "the network is 10.0.0.0/8"),
+        ("announce = 1", "network.announce", "1 is not a list of durations"),
+        ('announce = ["0s", "0s"]', "network.announce", "0s is not later than 0s before it"),
+        ('announce = ["2min"]', "network.announce", "not from 0 s to 60 s"),
+        (f"announce = {[f'{n}ms' for n in range(33)]}", "network.announce", "at most 32"),
+        ('duplicate_address_detection = "6s"', "network.duplicate_address_detection", "from 0 s to 5 s"),
+        ('learn = "yes"', "network.learn", "is not true or false"),
     ],
 )
 def test_a_wrong_value_in_a_table_is_named_with_its_table(
     tmp_path: Path, line: str, wrong: str, said: str
 ) -> None:
-    error = problem(tmp_path, {"vms/a.toml": f"[standby]\n{line}"})
+    table = wrong.partition(".")[0]
+    error = problem(tmp_path, {"vms/a.toml": f"[{table}]\n{line}"})
     assert error.key == wrong
     assert said in error.problem
 
