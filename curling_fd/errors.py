@@ -35,7 +35,10 @@
     |-- ArbiterError
     |   |-- ArbiterLost           somebody else may run the VM
     |   `-- ArbiterUnavailable    the arbiter did not answer: nobody may
-    |-- NetlinkError              the kernel refused something about the network
+    |-- NetworkError              the network of this host
+    |   |-- NetlinkError          the kernel refused something about it
+    |   |-- NetworkConflict       something in it is not as the VM needs it, or is somebody else's
+    |   `-- AddressConflict       somebody else on the network has an address that this host was to take
     `-- SessionEnd                protection ended though nothing went wrong with it
         |-- GuestEnded            powered off, panicked, ended by its administrator
         |-- QemuDied              QEMU is gone without a word; the backup may have the VM
@@ -395,13 +398,35 @@ class ArbiterUnavailable(ArbiterError):
     why: str
 
 
+class NetworkError(CurlingError):
+    """Something about the network of this host."""
+
+
 @define(auto_exc=True, slots=False, str=False, eq=False)
-class NetlinkError(CurlingError):
+class NetlinkError(NetworkError):
     """The kernel refused `what` with `errno` and said `words`."""
 
     what: str
     errno: int
     words: str
+
+
+@define(auto_exc=True, slots=False, str=False, eq=False)
+class NetworkConflict(NetworkError):
+    """`what` (an interface, an address, a route) cannot be as the VM needs it: `problem`. `remedy` helps."""
+
+    what: str
+    problem: str
+    remedy: str
+
+
+@define(auto_exc=True, slots=False, str=False, eq=False)
+class AddressConflict(NetworkError):
+    """`mac` answered on `interface` that it has `address`."""
+
+    address: str
+    interface: str
+    mac: str
 
 
 class SessionEnd(CurlingError):

@@ -239,6 +239,17 @@ _WORDS: dict[type[errors.CurlingError], tuple[str, str]] = {
         "Make the arbiter reachable (arbiter_directory: is the shared storage mounted and writable?), or "
         "decide yourself with 'curlingctl failover' when the other host is surely down.",
     ),
+    # The network of a VM that comes to this host
+    errors.NetworkError: (
+        "The network of this host is not as it was to be.",
+        "Look into 'journalctl -u curlingd'.",
+    ),
+    errors.AddressConflict: (
+        "{address} is in use on the network behind {interface}: {mac} has it.",
+        "See which machine has that MAC: the VM's old host, if it is not dead, or another one with a wrong "
+        'address. Take the address away there; or set duplicate_address_detection = "0s" in [network] of the '
+        "VM's file to take it all the same.",
+    ),
     # Protection that ended by itself
     errors.SessionEnd: (
         "Protection has ended.",
@@ -398,6 +409,12 @@ def _(error: errors.NetlinkError) -> Sentence:
         f"The kernel refused {error.what}: {_clause(error.words)} ({name}, error {error.errno}).",
         _ABOUT_NETWORK.get(error.errno, "The kernel's log may say more: 'journalctl -k'."),
     )
+
+
+@sentence.register
+def _(error: errors.NetworkConflict) -> Sentence:
+    text = f"On this host {_one_line(error.what)} cannot be as the VM needs it: {_clause(error.problem)}."
+    return Sentence(text, _one_line(error.remedy))
 
 
 @sentence.register

@@ -68,6 +68,7 @@ _CODES: dict[type[CurlingError], ExitCode] = {
     errors.CaptureError: ExitCode.CAPTURE,
     errors.OutputError: ExitCode.CAPTURE,
     errors.ArbiterError: ExitCode.ARBITER,
+    errors.NetworkError: ExitCode.FAILED,
     errors.SessionEnd: ExitCode.ENDED,
 }
 

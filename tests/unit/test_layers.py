@@ -33,6 +33,12 @@ curling_fd.link
 curling_fd.link.frames
 curling_fd.netlink
 curling_fd.netlink.wire
+curling_fd.network
+curling_fd.network.learn
+curling_fd.network.packets
+curling_fd.network.plan
+curling_fd.network.port
+curling_fd.network.words
 curling_fd.output
 curling_fd.output.filters
 curling_fd.output.nics
@@ -80,6 +86,18 @@ curling_fd.link.transport
 curling_fd.netlink.links
 curling_fd.netlink.socket
 curling_fd.netlink.traffic
+curling_fd.network.addresses
+curling_fd.network.announce
+curling_fd.network.conflict
+curling_fd.network.failover
+curling_fd.network.fdb
+curling_fd.network.inject
+curling_fd.network.kernel
+curling_fd.network.packet_socket
+curling_fd.network.ports
+curling_fd.network.snoop
+curling_fd.network.steps
+curling_fd.network.taps
 curling_fd.output.filter
 curling_fd.output.hold
 curling_fd.output.placement
@@ -132,6 +150,7 @@ curling_fd.service.backup
 curling_fd.service.compare
 curling_fd.service.config
 curling_fd.service.config_keys
+curling_fd.service.config_network
 curling_fd.service.daemon
 curling_fd.service.doctor
 curling_fd.service.examine
@@ -186,6 +205,7 @@ PURE = frozenset(
         "errno",
         "fractions",
         "functools",
+        "ipaddress",
         "itertools",
         "json",
         "math",
