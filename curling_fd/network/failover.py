@@ -164,8 +164,13 @@ class FailoverNetwork:
         addresses.add_routes(route, self._plan.routes, self.ledger)
 
     async def _injector(self, port: Port) -> Injector:
+        with RouteSocket() as route:
+            index = link(route, port.name).index
         descriptor = taps.open_tun()
-        return await self._in_thread(lambda route: Injector(route, descriptor, link(route, port.name).index))
+        # Cut short before the thread has begun, nobody would close it.
+        with trio.CancelScope(shield=True):
+            made = await self._in_thread(lambda route: Injector(route, descriptor, index))
+        return made
 
     async def _undo(self, down_to: int = 0) -> list[NetlinkError]:
         problems: list[NetlinkError] = []

@@ -603,7 +603,9 @@ async def test_what_cannot_be_announced_is_told_and_the_rest_is_announced(net: S
     tap = open_tap(net.beta, "vnet0")
     command(net.beta, "ip", "link", "delete", "vnet1")
     problems: list[CurlingError] = []
+    opened = set(os.listdir("/proc/self/fd"))
     await failover.announce(LEARNED, problems.append)
+    assert set(os.listdir("/proc/self/fd")) == opened
     (problem,) = problems
     assert isinstance(problem, NetlinkError) and problem.errno == errno.ENODEV and "vnet1" in problem.what
     await settled(lambda: net.switch_port(MAC) == "to-beta")
