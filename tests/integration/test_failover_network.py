@@ -40,6 +40,7 @@ from tests.lab.segment import (
     open_tap,
     picture,
     segment,
+    wait_forwarding,
     way,
 )
 
@@ -95,6 +96,10 @@ def network(plan: Plan | None = None, ports: Sequence[Port] = (PORT,), vm: str =
     return FailoverNetwork(vm, plan or Plan(schedule=(0.0,)), ports)
 
 
+def seen(net: Segment) -> list[str]:
+    return picture(net.beta, MAC)
+
+
 async def settled(check: Callable[[], bool]) -> None:
     """Wait until the kernels have passed a frame on."""
     with trio.fail_after(5):
@@ -107,6 +112,7 @@ def run_guest_on(host: Host) -> int:
     command(host, "ip", "tuntap", "add", "vnet0", "mode", "tap", "vnet_hdr")
     command(host, "ip", "link", "set", "vnet0", "addrgenmode", "none", "master", "br0", "up")
     tap = open_tap(host, "vnet0")
+    wait_forwarding(host)
     for frame in (
         packets.gratuitous_request(MAC, IPv4Address(FOUR)),
         packets.advertisement(MAC, IPv6Address(SIX)),
@@ -228,13 +234,13 @@ async def test_the_guest_waits_behind_a_port_that_lets_nothing_out_or_in(net: Se
 
 
 async def test_all_is_as_before_when_the_guest_has_left(net: Segment) -> None:
-    before = picture(net.beta)
+    before = seen(net)
     failover = network(full_plan())
     await failover.prepare(LEARNED)
-    during = "\n".join(changes(before, picture(net.beta)))
+    during = "\n".join(changes(before, seen(net)))
     assert "192.0.2.80/24" in during and "proto 67" in during and "vnet0" in during
     assert await failover.withdraw() == []
-    assert changes(before, picture(net.beta)) == []
+    assert changes(before, seen(net)) == []
     assert await failover.withdraw() == []
 
 
@@ -279,32 +285,32 @@ def routes(host: Host) -> str:
 async def test_doing_it_again_changes_nothing_and_so_does_a_daemon_that_was_started_anew(
     net: Segment,
 ) -> None:
-    before = picture(net.beta)
+    before = seen(net)
     failover = network(full_plan())
     await failover.prepare(LEARNED)
-    during = picture(net.beta)
+    during = seen(net)
     await failover.prepare(LEARNED)
-    assert changes(during, picture(net.beta)) == []
+    assert changes(during, seen(net)) == []
     again = FailoverNetwork("db1", full_plan(), [PORT], Ledger(steps.decode(failover.ledger.encode())))
     await again.prepare(LEARNED)
-    assert changes(during, picture(net.beta)) == []
+    assert changes(during, seen(net)) == []
     assert await again.withdraw() == []
-    assert changes(before, picture(net.beta)) == []
+    assert changes(before, seen(net)) == []
 
 
 async def test_what_a_daemon_left_that_died_before_it_could_remember_is_known_as_ours(net: Segment) -> None:
-    before = picture(net.beta)
+    before = seen(net)
     await network(full_plan()).prepare(LEARNED)
     again = network(full_plan())
     await again.prepare(LEARNED)
     assert await again.withdraw() == []
-    assert changes(before, picture(net.beta)) == []
+    assert changes(before, seen(net)) == []
 
 
 async def test_a_tap_that_was_there_is_used_and_left_as_it_was(net: Segment) -> None:
     command(net.beta, "ip", "tuntap", "add", "vnet0", "mode", "tap", "vnet_hdr")
     command(net.beta, "ip", "link", "set", "vnet0", "addrgenmode", "none", "mtu", "1400", "up")
-    before = picture(net.beta)
+    before = seen(net)
     failover = network()
     await failover.prepare(LEARNED)
     tap = open_tap(net.beta, "vnet0")
@@ -314,7 +320,7 @@ async def test_a_tap_that_was_there_is_used_and_left_as_it_was(net: Segment) -> 
     assert await failover.withdraw() == []
     # The kernel joins this group on an interface that comes up only when there is a carrier.
     group = "bridge fdb: 33:33:00:00:00:01 dev vnet0 self permanent"
-    assert [line for line in changes(before, picture(net.beta)) if group not in line] == []
+    assert [line for line in changes(before, seen(net)) if group not in line] == []
 
 
 async def test_a_port_is_made_as_it_is_on_the_primary(net: Segment) -> None:
@@ -478,7 +484,7 @@ async def test_what_does_not_go_is_told_by_its_name_and_leaves_no_trace(
 ) -> None:
     for line in make:
         command(net.beta, *line.split())
-    before = picture(net.beta)
+    before = seen(net)
     try:
         with pytest.raises(kind) as caught:
             await network(plan or full_plan(), [port]).prepare(LEARNED)
@@ -486,7 +492,7 @@ async def test_what_does_not_go_is_told_by_its_name_and_leaves_no_trace(
         for word in said:
             assert word in words.text + words.remedy
         assert getattr(caught.value, "errno", None) == number
-        assert changes(before, picture(net.beta)) == []
+        assert changes(before, seen(net)) == []
     finally:
         for line in make:
             undo = line.replace(" add ", " delete ").replace(" multi_queue", "").replace(" type ifb", "")
@@ -494,7 +500,7 @@ async def test_what_does_not_go_is_told_by_its_name_and_leaves_no_trace(
 
 
 async def test_without_the_right_nothing_is_done(net: Segment) -> None:
-    before = picture(net.beta)
+    before = seen(net)
     prctl.cap_effective.net_admin = False
     try:
         with pytest.raises(NetlinkError) as caught:
@@ -503,7 +509,7 @@ async def test_without_the_right_nothing_is_done(net: Segment) -> None:
         prctl.cap_effective.net_admin = True
     assert caught.value.errno == errno.EPERM
     assert "vnet0" in caught.value.what
-    assert changes(before, picture(net.beta)) == []
+    assert changes(before, seen(net)) == []
 
 
 async def test_what_is_another_programs_is_left_to_it(net: Segment) -> None:
@@ -511,19 +517,19 @@ async def test_what_is_another_programs_is_left_to_it(net: Segment) -> None:
     command(net.beta, "ip", "tuntap", "add", "vnet0", "mode", "tap")
     tap = open_tap(net.beta, "vnet0")
     command(net.beta, "ip", "link", "add", "over", "link", "vnet0", "type", "macvlan")
-    before = picture(net.beta)
+    before = seen(net)
     # A macvlan has the frames of its lower interface: it cannot be a bridge's port as well.
     with pytest.raises(NetlinkError) as caught:
         await network().prepare(LEARNED)
     assert caught.value.errno == errno.EBUSY
     assert "vnet0" in caught.value.what
-    assert changes(before, picture(net.beta)) == []
+    assert changes(before, seen(net)) == []
     command(net.beta, "ip", "link", "delete", "over")
     os.close(tap)
 
 
 async def test_a_port_that_was_renamed_meanwhile_is_named_and_removed_all_the_same(net: Segment) -> None:
-    before = picture(net.beta)
+    before = seen(net)
     failover = network()
     await failover.connect()
     command(net.beta, "ip", "link", "set", "vnet0", "name", "vnet1")
@@ -532,11 +538,11 @@ async def test_a_port_that_was_renamed_meanwhile_is_named_and_removed_all_the_sa
     assert caught.value.errno == errno.ENODEV
     assert "vnet0" in caught.value.what
     assert await failover.withdraw() == []
-    assert changes(before, picture(net.beta)) == []
+    assert changes(before, seen(net)) == []
 
 
 async def test_a_port_that_was_deleted_meanwhile_is_nobodys_problem_in_the_end(net: Segment) -> None:
-    before = picture(net.beta)
+    before = seen(net)
     failover = network(full_plan())
     await failover.prepare(LEARNED)
     command(net.beta, "ip", "link", "delete", "vnet0")
@@ -545,35 +551,30 @@ async def test_a_port_that_was_deleted_meanwhile_is_nobodys_problem_in_the_end(n
     command(net.beta, "ip", "tuntap", "add", "vnet0", "mode", "tap")
     assert await failover.withdraw() == []
     command(net.beta, "ip", "link", "delete", "vnet0")
-    assert changes(before, picture(net.beta)) == []
+    assert changes(before, seen(net)) == []
 
 
 async def test_an_address_that_somebody_else_has_is_not_taken(net: Segment) -> None:
     command(net.client, "ip", "address", "add", "192.0.2.80/24", "dev", "eth0")
     mac = client_mac(net)
-    before = picture(net.beta)
+    before = seen(net)
     plan = full_plan(patience=5.0)
     with trio.fail_after(4), pytest.raises(AddressConflict) as caught:
         await network(plan).prepare(LEARNED)
     assert (caught.value.address, caught.value.mac) == ("192.0.2.80", mac)
     assert mac in sentence(caught.value).text
-    assert changes(without_learned(before), without_learned(picture(net.beta))) == []
+    assert changes(before, seen(net)) == []
     command(net.client, "ip", "address", "delete", "192.0.2.80/24", "dev", "eth0")
     command(net.client, "ip", "address", "add", "2001:db8:1::80/64", "dev", "eth0", "nodad")
     with trio.fail_after(4), pytest.raises(AddressConflict) as caught:
         await network(plan).prepare(LEARNED)
     assert (caught.value.address, caught.value.mac) == ("2001:db8:1::80", mac)
     command(net.client, "ip", "address", "delete", "2001:db8:1::80/64", "dev", "eth0")
-    assert changes(without_learned(before), without_learned(picture(net.beta))) == []
+    assert changes(before, seen(net)) == []
 
 
 def client_mac(net: Segment) -> str:
     return command(net.client, "ip", "-br", "link", "show", "eth0").split()[2]
-
-
-def without_learned(seen: list[str]) -> list[str]:
-    """A picture without what bridges learn from anybody's frames."""
-    return [line for line in seen if not line.startswith("bridge fdb: ") or "permanent" in line]
 
 
 async def test_an_address_of_the_hosts_is_announced_when_it_has_come(net: Segment) -> None:
@@ -656,7 +657,7 @@ async def test_the_addresses_of_the_file_are_announced_with_the_only_mac(net: Se
 async def test_what_the_kernel_removes_along_with_our_address_is_put_back(net: Segment) -> None:
     """With the last address of an interface go its routes, with the first of a network the others of it."""
     command(net.beta, "ip", "route", "add", "10.77.0.0/16", "dev", "br0", "metric", "3")
-    before = picture(net.beta)
+    before = seen(net)
     failover = network(full_plan())
     await failover.prepare(LEARNED)
     theirs = ["192.0.2.5/24", "dev", "br0", "label", "br0:dhcp", "valid_lft", "3600", "preferred_lft", "1800"]
@@ -673,22 +674,22 @@ async def test_what_the_kernel_removes_along_with_our_address_is_put_back(net: S
     for line in command(net.beta, "ip", "route", "show").splitlines():
         command(net.beta, "ip", "route", "delete", *line.removesuffix("linkdown ").split())
     command(net.beta, "ip", "route", "add", "10.77.0.0/16", "dev", "br0", "metric", "3")
-    assert changes(before, picture(net.beta)) == []
+    assert changes(before, seen(net)) == []
     command(net.beta, "ip", "route", "delete", "10.77.0.0/16")
 
 
 async def test_a_mac_that_is_the_hosts_own_is_refused(net: Segment) -> None:
     own = command(net.beta, "ip", "-br", "link", "show", "uplink").split()[2]
-    before = picture(net.beta)
+    before = seen(net)
     with pytest.raises(NetworkConflict) as caught:
         await network(ports=[attrs.evolve(PORT, macs=(own,))]).prepare({})
     assert own in str(caught.value) and "br0" in str(caught.value)
-    assert changes(before, picture(net.beta)) == []
+    assert changes(before, seen(net)) == []
 
 
 async def test_a_fixed_way_to_the_guest_is_turned_for_as_long_as_it_is_here(net: Segment) -> None:
     command(net.beta, "bridge", "fdb", "add", MAC, "dev", "uplink", "master", "static")
-    before = picture(net.beta)
+    before = seen(net)
     failover = network()
     await failover.connect()
     tap = open_tap(net.beta, "vnet0")
@@ -696,13 +697,29 @@ async def test_a_fixed_way_to_the_guest_is_turned_for_as_long_as_it_is_here(net:
     assert way(net.beta, "br0", MAC) == "vnet0"
     os.close(tap)
     assert await failover.withdraw() == []
-    assert changes(before, picture(net.beta)) == []
+    assert changes(before, seen(net)) == []
     command(net.beta, "bridge", "fdb", "delete", MAC, "dev", "uplink", "master")
 
 
 async def test_what_is_prepared_and_cut_short_is_undone(net: Segment) -> None:
-    before = picture(net.beta)
+    before = seen(net)
     with trio.move_on_after(0.2) as scope:
         await network(full_plan(patience=5.0)).prepare(LEARNED)
     assert scope.cancelled_caught
-    assert changes(before, picture(net.beta)) == []
+    assert changes(before, seen(net)) == []
+
+
+async def test_what_the_bridge_knew_of_the_guest_is_brought_back_when_it_cannot_come(net: Segment) -> None:
+    tap = run_guest_on(net.alpha)
+    await settled(lambda: way(net.beta, "br0", MAC) == "uplink")
+    before = seen(net)
+    failover = network(Plan(routes=(read_route("10.10.0.0/16 via 203.0.113.1"),)))
+    await failover.connect()
+    waiting = open_tap(net.beta, "vnet0")
+    with pytest.raises(NetlinkError):
+        await failover.prepare(LEARNED)
+    assert way(net.beta, "br0", MAC) == "uplink"
+    os.close(waiting)
+    await failover.withdraw()
+    assert changes(before, seen(net)) == []
+    os.close(tap)

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import struct
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,7 +80,17 @@ def segment() -> Iterator[Segment]:
             for version in ("ipv4", "ipv6"):
                 with open(f"/proc/sys/net/{version}/neigh/eth0/locktime", "w") as file:
                     file.write("0")
+        for host in (alpha, beta, switch):
+            wait_forwarding(host)
         yield Segment(alpha, beta, switch, client)
+
+
+def wait_forwarding(host: Host) -> None:
+    """Wait until all bridge ports of `host` pass frames: the kernel lets them a little after they are up."""
+    deadline = time.monotonic() + 10
+    while any(port["state"] != "forwarding" for port in json.loads(command(host, "bridge", "-j", "link"))):
+        assert time.monotonic() < deadline, command(host, "bridge", "link")
+        time.sleep(0.01)
 
 
 def command(host: Host, *argv: str) -> str:
@@ -102,8 +113,11 @@ def table(host: Host, bridge: str) -> list[dict[str, Any]]:
     return [entry for entry in entries if entry.get("master") == bridge and entry["state"] != "permanent"]
 
 
-def picture(host: Host) -> list[str]:
-    """All that can be seen of a host's network, but for timers, to be compared with later."""
+def picture(host: Host, mac: str) -> list[str]:
+    """All that can be seen of a host's network, to be compared with later.
+
+    But for timers, and for what bridges learn from anybody's frames: of that only where `mac` is.
+    """
     return [
         f"{' '.join(argv)}: {_TIMER.sub('', line)}"
         for argv in (
@@ -116,6 +130,7 @@ def picture(host: Host) -> list[str]:
             ("tc", "qdisc", "show"),
         )
         for line in command(host, *argv).splitlines()
+        if argv != ("bridge", "fdb") or line.startswith(mac) or "permanent" in line or "static" in line
     ]
 
 
