@@ -14,7 +14,8 @@ from curling_fd.network.learn import Learned
 from curling_fd.network.packet_socket import PacketSocket
 
 _AT_ONCE = 64
-"""Frames between two looks at the event loop."""
+_PAUSE = 0.1
+"""Frames that are taken in before a pause, in seconds: a flood costs no more than that, and is lost."""
 
 
 async def snoop(port: str, learned: Learned) -> None:
@@ -37,5 +38,7 @@ async def snoop(port: str, learned: Learned) -> None:
                 if heard is None:
                     break
                 (learned.overhear if heard.leaving else learned.observe)(heard.frame, heard.vlan)
+            else:
+                await trio.sleep(_PAUSE)
     finally:
         opened.close()
