@@ -75,6 +75,7 @@ def commit(pages: int, total: int) -> dict[str, float]:
                 rehearse=trio.lowlevel.checkpoint,
                 standby_failed=trio.sleep_forever,
                 committed=lambda: None,
+                learned=lambda addresses: None,
             )
             await session.run()
             link.close()

@@ -48,6 +48,7 @@ class Message(Enum):
     TAKEN_UP = "b579561b8c9a47ba8cc826e4f8a6ac72"
     LIMIT_RAISED = "4f121d29bf5a444fa1e9bf8222d4d958"
     OUTPUT_STUCK = "858a22cffbc34d4e99fbf6392b7277de"
+    NETWORK = "9c54f64016284b5ea773733d429de715"
 
 
 S, E, M = State, Event, Message
@@ -91,6 +92,7 @@ _RULES: tuple[tuple[str, State | None, State | None, Message], ...] = (
     ("taken-up", None, None, M.TAKEN_UP),
     ("limit-raised", None, None, M.LIMIT_RAISED),
     ("output", None, None, M.OUTPUT_STUCK),
+    ("network", None, None, M.NETWORK),
 )
 
 

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from attrs import frozen
 
 _LINE = re.compile(r"(?P<peer> \\ )?(?P<name>.+?): index=\d+,type=(?P<kind>[\w-]+),(?P<rest>.*)")
+_TAP = re.compile(r"\bifname=([^,]+)")
+_FD = re.compile(r"\bfd=(\d+)")
 _MAC = re.compile(r"macaddr=((?:[0-9a-f]{2}:){5}[0-9a-f]{2})", re.IGNORECASE)
 
 
@@ -28,17 +30,24 @@ class Nic:
         mac: as six pairs of hexadecimal digits; empty if QEMU does not tell.
         netdev: id of what is behind it; None if nothing is.
         kind: of that: `tap`, `user`, `vhost-user`, ...
+        tap: name of the tap's interface, where QEMU opened it.
+        fd: QEMU's descriptor of the tap (its first queue), where it was given one.
     """
 
     name: str
     mac: str
     netdev: str | None
     kind: str | None
+    tap: str | None = None
+    fd: int | None = None
 
 
 def parse_nics(text: str) -> tuple[Nic, ...]:
     """Read the answer to `info network`; a card with several queues is one."""
-    return tuple({nic.name: nic for nic in _nics(text)}.values())
+    found: dict[str, Nic] = {}
+    for nic in _nics(text):
+        found.setdefault(nic.name, nic)
+    return tuple(found.values())
 
 
 def _nics(text: str) -> Iterator[Nic]:
@@ -55,7 +64,15 @@ def _nics(text: str) -> Iterator[Nic]:
             if match["kind"] != "nic":
                 card = None  # a netdev that no card uses
         elif card is not None:
-            yield Nic(card.name, card.mac, match["name"], match["kind"])
+            tap, fd = _TAP.search(match["rest"]), _FD.search(match["rest"])
+            yield Nic(
+                card.name,
+                card.mac,
+                match["name"],
+                match["kind"],
+                tap[1] if tap else None,
+                int(fd[1]) if fd else None,
+            )
             card = None
     if card is not None:
         yield card

@@ -97,24 +97,25 @@ class TapHold:
         return self._waiting
 
 
-def taps_of(pid: int) -> tuple[str, ...]:
-    """The taps that a process has open, by their names.
+def taps_of(pid: int) -> dict[int, str]:
+    """The taps that a process has open: its descriptors, and the interfaces' names.
 
     Raises:
         OutputError: it may not be asked.
 
     Source: tun_chr_show_fdinfo in the kernel's drivers/net/tun.c.
     """
-    found: set[str] = set()
+    found: dict[int, str] = {}
     try:
         with raised("CAP_SYS_PTRACE"):
             for fd in Path(f"/proc/{pid}/fd").iterdir():
                 with suppress(FileNotFoundError):  # closed meanwhile
                     if os.readlink(fd) == _TUN:
-                        found.update(_names(Path(f"/proc/{pid}/fdinfo/{fd.name}").read_text()))
+                        for name in _names(Path(f"/proc/{pid}/fdinfo/{fd.name}").read_text()):
+                            found[int(fd.name)] = name
     except OSError as error:
         raise OutputError(f"process {pid}", f"its taps cannot be seen: {error.strerror}") from error
-    return tuple(sorted(found))
+    return found
 
 
 def _names(fdinfo: str) -> Iterator[str]:

@@ -68,6 +68,7 @@ class BackupSession:
             standby has shown that it can load it.
         standby_failed: returns never, and raises when the standby is gone; watched once it has rehearsed.
         committed: called after the first acknowledgement.
+        learned: told the guest's addresses, as the primary has sent them.
 
     Attributes:
         paused: the operator has paused the guest on the primary.
@@ -86,6 +87,7 @@ class BackupSession:
         rehearse: Callable[[], Awaitable[None]],
         standby_failed: Callable[[], Awaitable[None]],
         committed: Callable[[], None],
+        learned: Callable[[Any], None],
         paused: bool = False,
         peer_rests: bool = False,
     ) -> None:
@@ -101,6 +103,7 @@ class BackupSession:
         self._rehearse = rehearse
         self._standby_failed = standby_failed
         self._committed = committed
+        self._learned = learned
         self._first_committed = trio.Event()
         self._begun = trio.Event()
         if replica.committed:
@@ -199,7 +202,9 @@ class BackupSession:
                 case Kind.RESTING:
                     pass  # to the daemon before us, which did not wait for it
                 case Kind.NOTE:
-                    self.paused = bool(content.get("paused"))
+                    self.paused = bool(content.get("paused", self.paused))
+                    if "learned" in content:
+                        self._learned(content["learned"])
                 case Kind.END:
                     return Dropped(str(content.get("reason", "no reason given")))
                 case Kind.HANDOVER:

@@ -44,6 +44,7 @@ from curling_fd.sentences import sentence
 from curling_fd.service.backup import BackupSession, Dropped, HandedOver, definition_problem
 from curling_fd.service.fence import discard_fenced, guest_runs_here
 from curling_fd.service.greeting import answers
+from curling_fd.service.network import VmNetwork, decode_ports
 from curling_fd.service.protector import REST_WAIT, Protector
 from curling_fd.service.record import VmRecord, text
 from curling_fd.service.restart import BackupLeft, Estate, Kept, inherit_replica, leave_replica
@@ -63,9 +64,10 @@ _DEFINE_TIMEOUT = 30.0
 class Follower:
     """Is the backup of the VM of `record`."""
 
-    def __init__(self, record: VmRecord, protector: Protector) -> None:
+    def __init__(self, record: VmRecord, protector: Protector, network: VmNetwork) -> None:
         self._record = record
         self._protector = protector
+        self._network = network
         self._kept: Kept | None = None
         self._silent = False  # the primary fell silent, and did not hang up
         self._session: BackupSession | None = None
@@ -195,6 +197,7 @@ class Follower:
         except BaseException as error:
             if kept is not None:
                 kept.close()
+            self._network.withdraw_soon()
             event = Event.LINK_LOST if isinstance(error, LinkError) else Event.REFUSED
             if allowed(record.state, event):
                 record.advance(event, text(error) if isinstance(error, CurlingError) else None)
@@ -217,6 +220,7 @@ class Follower:
             rehearse=partial(kept.standby.rehearse, kept.replica),
             standby_failed=lambda: kept.standby.process.wait_failed(),
             committed=lambda: record.advance(Event.COMMITTED),
+            learned=self._network.learn,
             paused=kept.paused,
             peer_rests=kept.peer_rests,
         )
@@ -263,6 +267,7 @@ class Follower:
         memory = [Block(name, size) for name, size in content["memory"]]
         record.ram_bytes = sum(block.size for block in memory)
         max_raw = HEAD_SIZE + max(content["max_checkpoint"], PIECE)
+        await self._network.connect(decode_ports(content.get("ports", [])))
         standby = await start_standby(
             record.config,
             Path(record.host.config.runtime_directory) / record.name,
@@ -428,6 +433,7 @@ class Follower:
             raise NotProtected(record.name, record.state.value)
         decided = trio.current_time()
         record.advance(event, reason)
+        await self._network.prepare()
         try:
             await activate(kept.standby.qmp_path, kept.replica, paused=kept.paused)
         except StandbyFailed as error:
@@ -435,6 +441,7 @@ class Follower:
             record.advance(Event.STANDBY_DIED, text(failed))
             self._drop()
             raise failed from None
+        self._network.announce()
         record.counters.failover_ms = round((trio.current_time() - decided) * 1000, 1)
         record.paused = kept.paused
         # From here on the VM outlives this daemon, which will find it by what it remembers.
@@ -467,6 +474,7 @@ class Follower:
         if self._kept is not None:
             self._kept.close()
             self._kept = None
+            self._network.withdraw_soon()
 
     async def stop(self) -> None:
         """The daemon ends: leave the replica to the next, or drop it; a VM that runs here runs on."""

@@ -114,6 +114,7 @@ async def define(
         "max_checkpoint": max_checkpoint,
         "token": token,
         "engine": _described(examined.choice),
+        "ports": [port.encode() for port in examined.ports],
     }
     await link.send(Kind.DEFINE, generation, content=content)
     await _answer(link, Kind.PREPARED, PREPARE_TIMEOUT, generation)

@@ -141,7 +141,7 @@ class Output:
             if nic.kind != "tap":
                 raise CannotHold(nic.name, f"it is on a {nic.kind} network, and plugs are for taps")
         config = self._record.config
-        taps = taps_of(pid)
+        taps = sorted(set(taps_of(pid).values()))
         if not taps:
             raise CannotHold(nics[0].name, "the tap of its QEMU is not in the daemon's network namespace")
         hold = TapHold(taps, limit=config.output_limit, vm=config.name, on_frame=self._learn)

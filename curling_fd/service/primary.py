@@ -12,11 +12,12 @@ to go on; the backup's asks us, and we go on when it is heard again.
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum
 from functools import partial
+from typing import Any
 
 import trio
 
@@ -46,7 +47,7 @@ from curling_fd.service.options import Callbacks, SessionOptions
 from curling_fd.service.pace import Boundary
 from curling_fd.service.pass_shipper import PassShipper
 from curling_fd.service.statistics import Counters
-from curling_fd.service.stops import StopWatcher, Window
+from curling_fd.service.stops import StopWatcher, Window, clock_ahead_us, now_us
 from curling_fd.system.buffers import Buffer, BufferPool, PoolStatistics
 from curling_fd.system.nursery import open_nursery
 
@@ -107,7 +108,7 @@ class PrimarySession:
         self._pool = BufferPool("curling-capture", options.buffers, options.max_checkpoint)
         self._flights: deque[tuple[int, Captured]] = deque()
         self._pulse = Pulse(link, options.generation, options.heartbeat_interval, options.failure_timeout)
-        self._clock_ahead = _clock_ahead_us()
+        self._clock_ahead = clock_ahead_us()
         self.peer_rests = False
         self._rest_asked = False
         self._sequence = self._committed = inherited
@@ -116,7 +117,7 @@ class PrimarySession:
         self._switching = False
         self._restarting = False
         self._at_rest = trio.Event()  # the backup is silent until we, or the next daemon, say something
-        self._notes, self._notes_due = trio.open_memory_channel[bool](math.inf)
+        self._notes, self._notes_due = trio.open_memory_channel[Mapping[str, Any]](math.inf)
         self._capture_began: float | None = None
         self._end = trio.Event()
         self._end_reason = ""
@@ -142,7 +143,7 @@ class PrimarySession:
                 nursery.start_soon(self._output.watch, self._stir)
                 nursery.start_soon(self._send_notes, self._notes_due)
                 if self._sequence:
-                    self._notes.send_nowait(self.stops.paused)
+                    self.note({"paused": self.stops.paused})
                 else:
                     await self._first_pass()
                 send, receive = trio.open_memory_channel[tuple[int, Captured]](0)
@@ -230,7 +231,7 @@ class PrimarySession:
     async def _first_pass(self) -> None:
         started = trio.current_time()
         whole = Window.PRECOPY if self._window is Window.LOOP else self._window
-        self.stops.window_opens(whole, _now_us(), counting=False)
+        self.stops.window_opens(whole, now_us(), counting=False)
         self._pass = PassShipper(self._link, self._generation, self._callbacks.progress)
         await self._engine.first_pass(self._pass)
         await self._guest_started()
@@ -301,7 +302,7 @@ class PrimarySession:
         sequence = self._sequence + 1
         self._capture_began = trio.current_time()
         self._look_at_clock()
-        self.stops.window_opens(self._window, _now_us())
+        self.stops.window_opens(self._window, now_us())
         try:
             captured = await self._engine.checkpoint(
                 buffer, partial(self._gate.barrier, sequence), resume=resume
@@ -324,7 +325,7 @@ class PrimarySession:
         """
         if self._window is Window.SNAPSHOT:
             # It has said so, if it started the guest: newer ones leave a paused guest as it is.
-            self.stops.window_closes(_now_us())
+            self.stops.window_closes(now_us())
             return
         with trio.move_on_after(_START_LIMIT):
             while self.stops.started_us is None:
@@ -353,13 +354,17 @@ class PrimarySession:
         self._stir()
         self._engine.hold(self.stops.paused)
         self._callbacks.paused(self.stops.paused)
-        self._notes.send_nowait(self.stops.paused)
+        self.note({"paused": self.stops.paused})
 
-    async def _send_notes(self, notes: trio.MemoryReceiveChannel[bool]) -> None:
-        """Tell the backup of pauses. In a task of its own: a long frame may be in the way."""
-        async for paused in notes:
+    def note(self, content: Mapping[str, Any]) -> None:
+        """Tell the backup something beside the checkpoints."""
+        self._notes.send_nowait(content)
+
+    async def _send_notes(self, notes: trio.MemoryReceiveChannel[Mapping[str, Any]]) -> None:
+        """In a task of its own: a long frame may be in the way."""
+        async for content in notes:
             if not self._restarting:  # else the next daemon tells it
-                await self._link.send(Kind.NOTE, self._generation, content={"paused": paused})
+                await self._link.send(Kind.NOTE, self._generation, content=dict(content))
 
     async def _until_due(self, boundary: Boundary) -> None:
         """Wait until a checkpoint is due, the guest not being paused; or a switch is wanted."""
@@ -459,7 +464,7 @@ class PrimarySession:
 
     def _look_at_clock(self) -> None:
         """Notice that the clock by which QEMU stamps its events has been set."""
-        ahead = _clock_ahead_us()
+        ahead = clock_ahead_us()
         step, self._clock_ahead = ahead - self._clock_ahead, ahead
         if abs(step) > _CLOCK_STEP_US:
             self.stops.clock_stepped(step)
@@ -487,12 +492,3 @@ def how_it_ended(event: Event) -> str | None:
     if event.name == "GUEST_PANICKED" and event.data.get("action") != "run":
         return "the guest's kernel panicked"
     return None
-
-
-def _now_us() -> int:
-    return time.time_ns() // 1000
-
-
-def _clock_ahead_us() -> int:
-    """How far the wall clock is ahead of one that nobody can set, microseconds."""
-    return (time.time_ns() - time.monotonic_ns()) // 1000

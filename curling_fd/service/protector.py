@@ -47,6 +47,7 @@ from curling_fd.service.farewell import ours, say_end, withdraw
 from curling_fd.service.fence import stop_here
 from curling_fd.service.greeting import define, dial, greet
 from curling_fd.service.handover import Handover
+from curling_fd.service.network import VmNetwork, learning, ports_of
 from curling_fd.service.options import Callbacks, SessionOptions, engine_options
 from curling_fd.service.output import Output
 from curling_fd.service.pass_report import PassReport
@@ -79,8 +80,9 @@ _PROVEN = 100
 class Protector:
     """Protects the VM of `record` whenever that is wanted."""
 
-    def __init__(self, record: VmRecord) -> None:
+    def __init__(self, record: VmRecord, network: VmNetwork) -> None:
         self._record = record
+        self._network = network
         self._session: PrimarySession | None = None
         self._loop: trio.CancelScope | None = None
         self._idle = trio.Event()
@@ -433,7 +435,7 @@ class Protector:
         else:
             record.counters = Counters(record.counters)
             await self._output.attach(qmp)
-        hold = self._output.hold
+        hold, ports = self._output.hold, await ports_of(qmp)
         options = engine_options(config, record.host.config, hold, report.limit())
         async with (
             standing_still(qmp, lambda: record.paused),
@@ -460,20 +462,27 @@ class Protector:
                     session.expect_peer()
             self._session = session
             try:
-                if await session.run() is Finish.RESTART:
+                async with learning(ports, session.note):
+                    finish = await session.run()
+                if finish is Finish.RESTART:
                     await leave_session(record, session, engine, qmp, events, link)
                     return
                 await self._handover.hand_over(session, engine, qmp, "a planned switch")
-                await self._output.discard()
+                await self._left_for_good()
             except (GuestEnded, Unprotected) as end:
                 await say_end(link, record.generation, text(end), heard)
                 raise
             except QemuDied:
                 await self._handover.give_up_dead(session)
-                await self._output.discard()
+                await self._left_for_good()
                 raise
             finally:
                 self._session = None
+
+    async def _left_for_good(self) -> None:
+        """The VM has gone from here."""
+        await self._output.discard()
+        await self._network.withdraw()
 
     def _committed(self, report: PassReport) -> None:
         self._record.remember(wanted=True)

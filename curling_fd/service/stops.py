@@ -19,6 +19,7 @@ loop, or is just about to. QEMU answers it, and starts the guest after the check
 from __future__ import annotations
 
 import math
+import time
 from enum import Enum
 
 from curling_fd.qmp.protocol import Event
@@ -108,3 +109,13 @@ class StopWatcher:
         if self._stopped_at is not None and self._counting:
             self._counters.stopped((now_us - self._stopped_at) / 1000)
         self.started_us = now_us
+
+
+def now_us() -> int:
+    """The wall clock by which QEMU stamps its events: microseconds since the Unix epoch."""
+    return time.time_ns() // 1000
+
+
+def clock_ahead_us() -> int:
+    """How far that clock is ahead of one that nobody can set, microseconds."""
+    return (time.time_ns() - time.monotonic_ns()) // 1000

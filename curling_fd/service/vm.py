@@ -11,6 +11,7 @@ from curling_fd.link.transport import FrameLink, Received
 from curling_fd.service.config import VmConfig
 from curling_fd.service.follower import Follower
 from curling_fd.service.host import Host
+from curling_fd.service.network import VmNetwork
 from curling_fd.service.protector import Protector
 from curling_fd.service.record import VmRecord, text
 from curling_fd.service.restart import BackupLeft, Estate, PrimaryLeft
@@ -21,8 +22,9 @@ class Vm:
 
     def __init__(self, config: VmConfig, host: Host) -> None:
         self.record = VmRecord(config, host)
-        self._protector = Protector(self.record)
-        self._follower = Follower(self.record, self._protector)
+        self._network = VmNetwork(self.record)
+        self._protector = Protector(self.record, self._network)
+        self._follower = Follower(self.record, self._protector, self._network)
 
     @property
     def name(self) -> str:
@@ -39,8 +41,11 @@ class Vm:
 
     def start(self, estate: Estate | None = None) -> None:
         """The daemon starts: go on with what the one before us has left, or take up what was wanted."""
+        self._network.resume()
         if estate is not None and self._take_up(estate):
             return
+        if not self.record.taken_over:  # a standby that died with the daemon before us, if anything
+            self._network.withdraw_soon()
         if self.record.wanted_at_start and self.record.state is not State.FENCED:
             self._protector.start()
         else:

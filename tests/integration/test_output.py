@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from tests.integration.stage import VM, Stage, stage
 from tests.lab.connections import COUNTER, SINK, STREAM, Progress, connected, download, increment, upload
-from tests.lab.front import CARD, CLIENT_ADDRESS, GUEST_ADDRESS, Front
+from tests.lab.debs import run
+from tests.lab.front import CARD, CLIENT_ADDRESS, GUEST_ADDRESS, TAP, Front
 from tests.lab.guests import LinuxGuest
 from tests.lab.roots import Executable
 from tests.lab.vm import LabVm
@@ -168,6 +169,28 @@ async def test_whenever_a_host_is_killed_nothing_of_an_uncommitted_epoch_was_on_
             ends.reverse()
 
 
+async def test_the_network_is_told_where_a_silent_guest_is_and_its_tap_is_made(
+    unstable_qemu: Executable,
+) -> None:
+    vm = LabVm(qemu=unstable_qemu, guest=SERVER, extra=CARD)
+    async with stage(vm, with_front=True) as here:
+        assert here.front is not None
+        client = here.front.client
+        with here.beta.entered():
+            run(["ip", "link", "delete", TAP])
+        await here.protect(5)
+        async with connected(client, GUEST_ADDRESS, COUNTER) as counter:
+            assert await increment(counter, Progress()) == 1
+            await here.front.leads_to("alpha")
+            await told(here, GUEST_ADDRESS)
+            here.lose_alpha()
+            await here.taken_over()
+            await here.front.leads_to("beta")
+            assert await increment(counter, Progress()) == 2
+        with here.beta.entered():
+            assert f"curling: {VM}" in run(["ip", "-d", "link", "show", TAP])
+
+
 async def test_connections_of_clients_survive_the_host(unstable_qemu: Executable) -> None:
     vm = LabVm(qemu=unstable_qemu, guest=SERVER, extra=CARD)
     async with stage(vm, with_front=True) as here:
@@ -201,6 +224,16 @@ async def test_connections_of_clients_survive_the_host(unstable_qemu: Executable
         assert min(each.longest for each in made.values()) > 0.5, "each was under way when the host was lost"
         assert (await here.backup.show(VM))["generation"] == 2
         await here.goes_on()
+
+
+async def told(here: Stage, address: str) -> None:
+    """Wait until the backup knows an address of the guest's."""
+    kept = here.backup.directory / "run" / f"{VM}.network.json"
+    with trio.fail_after(60):
+        while True:
+            if address in kept.read_text():
+                return
+            await trio.sleep(0.02)
 
 
 def in_order(wire: Front, host: str) -> None:

@@ -104,6 +104,16 @@ class Front:
         with self.client.entered():
             run(["ip", "link", "set", host.name, "up"])
 
+    async def leads_to(self, host: str, *, within: float = 60) -> None:
+        """Wait until the client's bridge sends frames for the guest to `host`."""
+        with trio.fail_after(within):
+            while True:
+                with self.client.entered():
+                    table = run(["bridge", "fdb", "show", "br", _BRIDGE])
+                if any(line.startswith(f"{GUEST_MAC} dev {host} ") for line in table.splitlines()):
+                    return
+                await trio.sleep(0.01)
+
     async def more(self, host: str, count: int = 1, *, within: float = 60) -> None:
         """Wait until `count` more datagrams have come from `host` than have now."""
         wanted = len(self.numbers(host)) + count

@@ -165,6 +165,7 @@ curling_fd.service.host
 curling_fd.service.hostcheck
 curling_fd.service.interface
 curling_fd.service.journal
+curling_fd.service.network
 curling_fd.service.options
 curling_fd.service.output
 curling_fd.service.pace

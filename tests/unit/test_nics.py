@@ -21,7 +21,7 @@ e1000.0: index=0,type=nic,model=e1000,macaddr=52:54:00:12:34:57
 def test_cards_are_told_from_netdevs_and_know_what_is_behind_them() -> None:
     assert parse_nics(SEEN) == (
         Nic("rtl8139.0", "52:54:00:12:34:56", "#net079", "user"),
-        Nic("nic0", "52:54:00:11:22:33", "hn0", "tap"),
+        Nic("nic0", "52:54:00:11:22:33", "hn0", "tap", tap="tapx"),
         Nic("e1000.0", "52:54:00:12:34:57", "hn1", "user"),
     )
 
@@ -30,7 +30,7 @@ def test_a_card_with_several_queues_is_one() -> None:
     queue = "nic0: index={0},type=nic,model=virtio-net-pci,macaddr=52:54:00:11:22:33\r\n"
     queue += " \\ hn0: index={0},type=tap,fd={0}\r\n"
     text = "".join(queue.format(number) for number in range(4))
-    assert parse_nics(text) == (Nic("nic0", "52:54:00:11:22:33", "hn0", "tap"),)
+    assert parse_nics(text) == (Nic("nic0", "52:54:00:11:22:33", "hn0", "tap", fd=0),)
 
 
 def test_a_card_that_is_connected_to_nothing_has_no_netdev() -> None:
