@@ -18,9 +18,8 @@ from curling_fd.errors import (
     StandbyFailed,
     WritableDisk,
 )
-from curling_fd.network.port import Port
 from curling_fd.qmp.client import QmpClient
-from curling_fd.service.network import ports_of
+from curling_fd.service.network import NO_CARDS, Cards, cards_of
 from curling_fd.standby.cmdline import device_ids
 from curling_fd.vmstate.records import Block
 
@@ -36,14 +35,14 @@ class Examined:
         memory: the memory backends: names and sizes of the RAM blocks the standby maps.
         machine: the resolved machine type, such as `pc-i440fx-7.2`.
         argv: command line of the primary's QEMU.
-        ports: the taps of its network cards.
+        cards: its network cards' taps.
     """
 
     choice: Choice
     memory: tuple[Block, ...]
     machine: str
     argv: tuple[str, ...]
-    ports: tuple[Port, ...] = ()
+    cards: Cards = NO_CARDS
 
 
 async def examine(
@@ -83,8 +82,8 @@ async def examine(
     machine = await qmp.execute("qom-get", {"path": "/machine", "property": "type"})
     argv = _command_line(qmp.pid)
     await _check_plugged(qmp, argv)
-    ports = await ports_of(qmp)
-    return Examined(choice, memory, str(machine).removesuffix("-machine"), argv, ports)
+    cards = await cards_of(qmp)
+    return Examined(choice, memory, str(machine).removesuffix("-machine"), argv, cards)
 
 
 def _writable(blocks: list[dict[str, Any]], allowed: Collection[str]) -> tuple[str, ...]:

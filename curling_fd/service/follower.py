@@ -44,7 +44,7 @@ from curling_fd.sentences import sentence
 from curling_fd.service.backup import BackupSession, Dropped, HandedOver, definition_problem
 from curling_fd.service.fence import discard_fenced, guest_runs_here
 from curling_fd.service.greeting import answers
-from curling_fd.service.network import VmNetwork, decode_ports
+from curling_fd.service.network import VmNetwork, decode_ports, decode_taps
 from curling_fd.service.protector import REST_WAIT, Protector
 from curling_fd.service.record import VmRecord, text
 from curling_fd.service.restart import BackupLeft, Estate, Kept, inherit_replica, leave_replica
@@ -276,6 +276,7 @@ class Follower:
             version=tuple(content["version"]),
             memory=memory,
             staging=min(max_raw, record.ram_bytes),
+            taps=decode_taps(content.get("taps", {})),
         )
         return Kept(standby, Replica(standby.images), received.header.generation, max_raw)
 

@@ -114,7 +114,8 @@ async def define(
         "max_checkpoint": max_checkpoint,
         "token": token,
         "engine": _described(examined.choice),
-        "ports": [port.encode() for port in examined.ports],
+        "ports": [port.encode() for port in examined.cards.ports],
+        "taps": {str(number): name for number, name in examined.cards.taps.items()},
     }
     await link.send(Kind.DEFINE, generation, content=content)
     await _answer(link, Kind.PREPARED, PREPARE_TIMEOUT, generation)

@@ -18,6 +18,7 @@ from typing import Any
 
 import attrs
 import trio
+from attrs import frozen
 
 from curling_fd.errors import (
     AddressConflict,
@@ -45,13 +46,24 @@ from curling_fd.system.nursery import open_nursery
 _LOOK = 0.2
 
 
-async def ports_of(qmp: QmpClient) -> tuple[Port, ...]:
-    """What the taps of the VM behind `qmp` (borrowed) are on this host."""
+@frozen
+class Cards:
+    """The taps of a VM's network cards: what they are on this host, and QEMU's descriptors of them."""
+
+    ports: tuple[Port, ...]
+    taps: Mapping[int, str]
+
+
+NO_CARDS = Cards((), {})
+
+
+async def cards_of(qmp: QmpClient) -> Cards:
+    """Look at the VM behind `qmp` (borrowed)."""
     answer = await qmp.execute("human-monitor-command", {"command-line": "info network"})
     try:
         taps = taps_of(qmp.pid)
-    except OutputError:  # QEMU is another user's, say: then its taps are left alone
-        return ()
+    except OutputError:  # then they are left alone
+        return NO_CARDS
     nics = parse_nics(str(answer))
     macs: dict[str, list[str]] = {}
     for nic in nics:
@@ -63,7 +75,20 @@ async def ports_of(qmp: QmpClient) -> tuple[Port, ...]:
         for name in sorted(set(taps.values())):
             with contextlib.suppress(NetlinkError, NetworkConflict):  # macvtap, or in another name space
                 found.append(read_port(route, name, tuple(macs.get(name, ()))))
-    return tuple(found)
+    return Cards(tuple(found), taps)
+
+
+def decode_taps(value: object) -> dict[int, str]:
+    """The descriptors of a primary's QEMU that are taps.
+
+    Raises:
+        FrameError: they are not described so.
+    """
+    if not isinstance(value, dict) or not all(
+        number.isdecimal() and isinstance(name, str) and "\0" not in name for number, name in value.items()
+    ):
+        raise FrameError("the primary's list of its QEMU's taps is wrong")
+    return {int(number): name for number, name in value.items()}
 
 
 def decode_ports(value: object) -> tuple[Port, ...]:

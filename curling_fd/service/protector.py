@@ -47,7 +47,7 @@ from curling_fd.service.farewell import ours, say_end, withdraw
 from curling_fd.service.fence import stop_here
 from curling_fd.service.greeting import define, dial, greet
 from curling_fd.service.handover import Handover
-from curling_fd.service.network import VmNetwork, learning, ports_of
+from curling_fd.service.network import VmNetwork, cards_of, learning
 from curling_fd.service.options import Callbacks, SessionOptions, engine_options
 from curling_fd.service.output import Output
 from curling_fd.service.pass_report import PassReport
@@ -435,7 +435,7 @@ class Protector:
         else:
             record.counters = Counters(record.counters)
             await self._output.attach(qmp)
-        hold, ports = self._output.hold, await ports_of(qmp)
+        hold, ports = self._output.hold, (await cards_of(qmp)).ports
         options = engine_options(config, record.host.config, hold, report.limit())
         async with (
             standing_still(qmp, lambda: record.paused),

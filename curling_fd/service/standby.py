@@ -147,12 +147,14 @@ async def start_standby(
     version: tuple[int, ...],
     memory: Sequence[Block],
     staging: int,
+    taps: Mapping[int, str],
 ) -> Standby:
     """Start a QEMU from the primary's command line and see that it is the same machine.
 
     Args:
         directory: made for it; what an earlier standby left there is removed.
         staging: bytes of each staging buffer that this VM can fill.
+        taps: of the primary's QEMU, by its descriptors.
 
     Returns:
         It has yet to `rehearse`.
@@ -176,6 +178,7 @@ async def start_standby(
             machine=machine,
             replace=config.standby.replace,
             extra=config.standby.extra_args,
+            taps=taps,
         )
 
     try:

@@ -66,6 +66,7 @@ def standby_argv(
     machine: str | None = None,
     replace: Mapping[str, str] | None = None,
     extra: Sequence[str] = (),
+    taps: Mapping[int, str] | None = None,
 ) -> list[str]:
     """Make the standby's command line.
 
@@ -78,6 +79,7 @@ def standby_argv(
         machine: the primary's machine type as QEMU resolved it; `pc` alone means another one in each version.
         replace: texts in the primary's command line, and what stands there instead.
         extra: words to add, unless the command line has them already.
+        taps: descriptors of taps that the primary's QEMU was started with, and the interfaces' names.
 
     Raises:
         CannotDerive: an option stands in the way.
@@ -85,7 +87,7 @@ def standby_argv(
     line = parse(argv)
     paths = Paths(directory, replace or {}, frozenset([qmp_path.rpartition("/")[2]]))
     memory = StandbyMemory(line, ram)
-    derivation = _Derivation(line, memory, paths)
+    derivation = _Derivation(line, memory, HostSide(paths, taps), paths)
     options = [Option("machine", memory.machine(line, machine).map(lambda _, v: paths.read(v)).render())]
     options += derivation.options()
     if not any(option.name in ("display", "nographic") for option in options):
@@ -109,11 +111,11 @@ def device_ids(argv: Sequence[str]) -> frozenset[str]:
 
 
 class _Derivation:
-    def __init__(self, line: CommandLine, memory: StandbyMemory, paths: Paths) -> None:
+    def __init__(self, line: CommandLine, memory: StandbyMemory, host: HostSide, paths: Paths) -> None:
         self._line = line
         self._memory = memory
         self._paths = paths
-        self._host = HostSide(paths)
+        self._host = host
 
     def options(self) -> list[Option]:
         """The standby's options but for -machine and what no primary has."""

@@ -6,6 +6,8 @@ Sources: qemu `chardev/char.c` (qemu_chr_parse_compat for the `unix:PATH` form),
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from curling_fd.standby.keyval import Keyval, Properties
 from curling_fd.standby.options import Option, cannot
 from curling_fd.standby.paths import Paths
@@ -24,8 +26,9 @@ HEADLESS_AUDIO = frozenset(["none", "wav", "spice"])
 class HostSide:
     """The options that reach out of QEMU: each method takes their old properties and returns the new."""
 
-    def __init__(self, paths: Paths) -> None:
+    def __init__(self, paths: Paths, taps: Mapping[int, str] | None = None) -> None:
         self._paths = paths
+        self._taps = taps or {}
 
     def plain(self, option: Option, old: Properties) -> Properties:
         """An option that only reads: paths as the administrator told.
@@ -86,7 +89,13 @@ class HostSide:
         return f"{mux}{kind}{colon}{rest}"
 
     def netdev(self, option: Option, old: Properties) -> Properties:
-        """A netdev; those on UNIX sockets (stream, dgram) listen in the standby's directory."""
+        """A netdev; those on UNIX sockets (stream, dgram) listen in the standby's directory.
+
+        The standby opens its taps itself, by the names they have on the primary. No script is run for them:
+        they are made, put into bridges and up by the daemon.
+        """
+        if old.get("type") == "tap":
+            old = self._tap(old)
         new = self.plain(option, old)
         name = f"{old.get('id') or option.name}.sock"
         for end, listens in (("addr", is_on(old, "server")), ("local", True), ("remote", False)):
@@ -98,6 +107,18 @@ class HostSide:
             elif not _connects_later(old):
                 new = new.set(f"{end}.path", self.server_of_one(option, path))
         return new
+
+    def _tap(self, old: Properties) -> Properties:
+        numbers = [word for key in ("fd", "fds") for word in (old.get(key) or "").split(":") if word]
+        names = {self._taps.get(int(number)) if number.isdecimal() else None for number in numbers}
+        name = names.pop() if len(names) == 1 else None
+        if name is not None:
+            old = old.drop("fd", "fds", "vhostfd", "vhostfds").set("ifname", name)
+            if len(numbers) > 1:
+                old = old.set("queues", str(len(numbers)))
+        if old.get("ifname") is not None:
+            old = old.set("script", "no").set("downscript", "no")
+        return old
 
     def filter_dump(self, option: Option, old: Properties) -> Properties:
         """A filter-dump object, which writes a file."""

@@ -95,6 +95,7 @@ def derive(
     directory: str = DIRECTORY,
     replace: dict[str, str] | None = None,
     extra: Sequence[str] = (),
+    taps: dict[int, str] | None = None,
 ) -> list[str]:
     return standby_argv(
         argv,
@@ -105,12 +106,15 @@ def derive(
         machine=machine,
         replace=replace,
         extra=extra,
+        taps=taps,
     )
 
 
-def derived(*options: str, replace: dict[str, str] | None = None) -> list[str]:
+def derived(
+    *options: str, replace: dict[str, str] | None = None, taps: dict[int, str] | None = None
+) -> list[str]:
     """What the standby has for `options` of a plain VM, without what every standby has."""
-    words = derive(["qemu", "-m", "256", "-display", "none", *options], replace=replace)
+    words = derive(["qemu", "-m", "256", "-display", "none", *options], replace=replace, taps=taps)
     start = words.index("-display") + 2
     end = next(i for i, word in enumerate(words) if word.startswith("memory-backend-file")) - 1
     return words[start:end]
@@ -305,7 +309,8 @@ def test_guest_memory_is_told_from_the_memory_of_devices(argv: list[str], memory
          f"stream,id=n,server=on,addr.type=unix,addr.path={DIRECTORY}/n"),
         (["-netdev", '{"type":"dgram","id":"n","local":{"type":"unix","path":"/tmp/n"}}'],
          f'{{"type":"dgram","id":"n","local":{{"type":"unix","path":"{DIRECTORY}/n"}}}}'),
-        (["-netdev", "tap,id=net0,ifname=tap1,script=/etc/up"], "tap,id=net0,ifname=tap1,script=/etc/up"),
+        (["-netdev", "tap,id=net0,ifname=tap1,script=/etc/up"],
+         "tap,id=net0,ifname=tap1,script=no,downscript=no"),
         (["-audiodev", "wav,id=w,path=/tmp/w.wav"], f"wav,id=w,path={DIRECTORY}/w.wav"),
         (["-audiodev", "pa,id=w,server=/run/pulse,out.name=x"], "none,id=w"),
         (["-display", "gtk,gl=on"], "none"),
@@ -418,7 +423,8 @@ def test_a_refusal_does_not_show_secrets() -> None:
         ({"/images": "/b"}, ["-drive", "file=/my/images/x"], ["-drive", "file=/my/images/x"]),
         ({"/a": "/b", "/b": "/a"}, ["-kernel", "/a", "-initrd", "/b"], ["-kernel", "/b", "-initrd", "/a"]),
         ({"/a": "/b", "/a/c": "/d"}, ["-kernel", "/a/c"], ["-kernel", "/d"]),
-        ({"tap0": "tap9"}, ["-netdev", "tap,id=n,ifname=tap0"], ["-netdev", "tap,id=n,ifname=tap9"]),
+        ({"tap0": "tap9"}, ["-netdev", "tap,id=n,ifname=tap0"],
+         ["-netdev", "tap,id=n,ifname=tap9,script=no,downscript=no"]),
         ({"/tmp/q": "/tmp/r"}, ["-qmp", "unix:/tmp/q,server=on"], ["-qmp", "unix:/tmp/r,server=on,wait=off"]),
         ({"/run/swtpm": "/run/b"}, ["-chardev", "socket,id=c,path=/run/swtpm/s"],
          ["-chardev", "socket,id=c,path=/run/b/s"]),
@@ -478,8 +484,32 @@ def test_proxmoxs_command_line() -> None:
     assert values(words, "vnc") == [f"unix:{DIRECTORY}/100.vnc,password=on"]
     assert values(words, "machine") == ["pc-i440fx-7.2+pve0,memory-backend=pc.ram"]
     assert not {"-daemonize", "-pidfile"} & set(words)
-    for name in ("id", "cpu", "device", "drive", "netdev", "iscsi", "smbios", "object"):
+    assert values(words, "netdev") == ["type=tap,id=net0,ifname=tap100i0,script=no,vhost=on,downscript=no"]
+    for name in ("id", "cpu", "device", "drive", "iscsi", "smbios", "object"):
         assert values(words, name)[: len(values(PROXMOX, name))] == values(PROXMOX, name)
+
+
+@pytest.mark.parametrize(
+    ("given", "opened"),
+    [
+        ("tap,id=n,fd=35,vhost=on,vhostfd=36", "tap,id=n,vhost=on,ifname=vnet4,script=no,downscript=no"),
+        (
+            "tap,fds=35:37,id=n,vhostfds=38:39,vhost=on",
+            "tap,id=n,vhost=on,ifname=vnet4,queues=2,script=no,downscript=no",
+        ),
+        (
+            '{"type":"tap","fd":"35","vhost":true,"vhostfd":"36","id":"hostnet0"}',
+            '{"type":"tap","vhost":true,"id":"hostnet0","ifname":"vnet4","script":"no","downscript":"no"}',
+        ),
+    ],
+)
+def test_taps_that_were_passed_as_descriptors_are_opened_by_their_names(given: str, opened: str) -> None:
+    assert derived("-netdev", given, taps={35: "vnet4", 37: "vnet4", 40: "vnet5"}) == ["-netdev", opened]
+
+
+def test_queues_of_different_taps_are_no_card() -> None:
+    with pytest.raises(CannotDerive):
+        derived("-netdev", "tap,id=n,fds=35:40", taps={35: "vnet4", 40: "vnet5"})
 
 
 @pytest.mark.parametrize("argv", [LIBVIRT, PROXMOX, ["qemu", "-m", "256", "-nographic", "x.img"]])
