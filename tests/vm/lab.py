@@ -352,7 +352,7 @@ def _lab(name: str, variant: Variant, say: Say, install: bool) -> Iterator[Lab]:
             run(["ip", "address", "add", f"{CLIENT_ADDRESS}/24", "dev", "eth0"])
             run(["ip", "link", "set", "eth0", "up"])
         pair = [
-            Host(name, number, booted, second.disk, sockets, records, shared, (TAP,))
+            Host(name, number, booted, second.disk, sockets, records, shared, (TAP,) if number == 1 else ())
             for number, name in enumerate(("alpha", "beta"), 1)
         ]
         for host in pair:
