@@ -150,6 +150,10 @@ class Engine(Protocol):
         """Let the guest go on after a checkpoint taken with `resume=False`."""
         ...
 
+    async def ask_every(self, seconds: float) -> None:
+        """From now on QEMU may ask for checkpoints that often."""
+        ...
+
     def hold(self, paused: bool) -> None:
         """An operator has `paused` the guest: should this daemon die, it is to stand still all the same."""
         ...

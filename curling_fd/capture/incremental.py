@@ -59,6 +59,7 @@ class IncrementalEngine:
         self._before = before
         self._reader: CheckpointReader | None = None
         self._requested = False
+        self._delay_ms = options.request_delay_ms
         self.kept = False
         self.left = False
 
@@ -119,9 +120,7 @@ class IncrementalEngine:
         while not await self._asked():
             # QEMU counts the time until it asks with the host's clock, and waits for an hour if that is set
             # back by one. Being told the delay makes it ask at once.
-            await self._qmp.execute(
-                "migrate-set-parameters", {"x-checkpoint-delay": self._options.request_delay_ms}
-            )
+            await self._qmp.execute("migrate-set-parameters", {"x-checkpoint-delay": self._delay_ms})
         request = self._socket.recv(colo.MESSAGE_SIZE, socket.MSG_WAITALL)
         if not request:
             raise EngineFailed(_NAME, "QEMU closed the migration")
@@ -129,7 +128,7 @@ class IncrementalEngine:
         self._requested = True
 
     async def _asked(self) -> bool:
-        with trio.move_on_after(self._options.request_delay_ms / 1000 + _LATE) as scope:
+        with trio.move_on_after(self._delay_ms / 1000 + _LATE) as scope:
             await trio.lowlevel.wait_readable(self._socket)
         return not scope.cancelled_caught
 
@@ -149,6 +148,10 @@ class IncrementalEngine:
             self._guard.disarm()
         # Else, and after a failure, the guest stands still until leaving the engine has let it go.
         return captured
+
+    async def ask_every(self, seconds: float) -> None:
+        self._delay_ms = max(1, int(seconds * 1000))
+        await self._qmp.execute("migrate-set-parameters", {"x-checkpoint-delay": self._delay_ms})
 
     async def resume(self) -> None:
         assert self._reader is not None

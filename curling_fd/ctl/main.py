@@ -57,7 +57,7 @@ def _run(arguments: list[str]) -> int:
 
 def _what_goes_on(arguments: list[str]) -> str:
     # curlingd does not give a VM up half way because nobody looks any more.
-    changing = {"protect", "unprotect", "failover", "switch", "pause", "resume"} & set(arguments)
+    changing = {"protect", "unprotect", "failover", "switch", "pause", "resume", "tune"} & set(arguments)
     return "What was begun goes on in curlingd; see 'curlingctl list'." if changing else ""
 
 

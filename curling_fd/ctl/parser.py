@@ -160,6 +160,19 @@ def _since(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--new", action="store_true", help="only events that happen from now on")
 
 
+def _pace(parser: argparse.ArgumentParser) -> None:
+    for key, unit in (
+        ("longest-epoch", "DURATION"),
+        ("shortest-epoch", "DURATION"),
+        ("output-limit", "SIZE"),
+    ):
+        parser.add_argument(
+            f"--{key}",
+            metavar=unit,
+            help=f"as {key.replace('-', '_')} in the VM's file; unchanged if not given",
+        )
+
+
 def _path(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument(
         "path", metavar="PATH", nargs="?", help="of curlingd.toml (default: /etc/curling/curlingd.toml)"
@@ -208,6 +221,12 @@ COMMANDS = (
     ),
     Command("pause", "stop the guest of a protected VM", protection.pause, (_name,)),
     Command("resume", "let a paused guest go on", protection.resume, (_name,)),
+    Command(
+        "tune",
+        "change the pace of a VM's checkpoints until its daemon ends",
+        protection.tune,
+        (_name, _pace),
+    ),
     Command(
         "watch",
         "checkpoint rate, stop time, pages and lag as they change",

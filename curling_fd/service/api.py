@@ -15,6 +15,7 @@ from curling_fd.errors import AmbiguousVm, NoSuchVm, NotPermitted
 from curling_fd.service.doctor import examine_host
 from curling_fd.service.host import Host
 from curling_fd.service.interface import IDENTITY, NEEDS_MORE, control_interface
+from curling_fd.service.options import TUNABLE
 from curling_fd.service.vm import Vm
 from curling_fd.varlink.peer import Peer
 from curling_fd.varlink.server import Request, Service
@@ -46,6 +47,7 @@ class Api:
                 "Switch": self._switch,
                 "Pause": self._pause,
                 "Resume": self._resume,
+                "Tune": self._tune,
                 "Watch": self._watch,
                 "Events": self._events,
                 "Doctor": self._doctor,
@@ -110,6 +112,11 @@ class Api:
     async def _resume(self, request: Request) -> dict[str, Any]:
         vm = self._find(request.parameters["name"])
         await vm.resume()
+        return {"vm": vm.show()}
+
+    async def _tune(self, request: Request) -> dict[str, Any]:
+        vm = self._find(request.parameters["name"])
+        await vm.tune({key: value for key in TUNABLE if (value := request.parameters.get(key)) is not None})
         return {"vm": vm.show()}
 
     async def _watch(self, request: Request) -> dict[str, Any]:

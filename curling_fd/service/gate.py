@@ -23,7 +23,7 @@ class OutputGate:
 
     def __init__(self, hold: OutputHold, limit: int, stop_limit: float) -> None:
         self._hold = hold
-        self._limit = limit
+        self.limit = limit
         self._stop_limit = stop_limit
         self._unreleased = 0
         self._open = threading.Event()
@@ -33,7 +33,7 @@ class OutputGate:
     async def turn(self) -> None:
         """Wait until the next epoch may end: there is room for its barrier, or too much is held."""
         await trio.lowlevel.checkpoint()
-        while not self._open.is_set() and self._hold.statistics().bytes <= self._limit:
+        while not self._open.is_set() and self._hold.statistics().bytes <= self.limit:
             with trio.move_on_after(_LOOK):
                 await self._released.wait()
 

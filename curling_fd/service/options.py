@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import attrs
 from attrs import frozen
 
 from curling_fd.capture.engine import EngineOptions, PassLimit
+from curling_fd.errors import ConfigError
 from curling_fd.output.hold import OutputHold
 from curling_fd.service.config import DaemonConfig, VmConfig
 from curling_fd.service.pace import Pace
+
+TUNABLE = ("longest_epoch", "shortest_epoch", "output_limit")
+"""Keys of a VM's file that can be changed while it is protected."""
 
 
 @frozen
@@ -51,6 +56,27 @@ def engine_options(
         will=hold.last_will,
         boundary_asks_qemu=hold.asks_qemu,
     )
+
+
+def tuned(config: VmConfig, wanted: Mapping[str, str]) -> VmConfig:
+    """`config` with other values for some keys of TUNABLE, written as in the VM's file.
+
+    Raises:
+        ConfigError: a value cannot be.
+    """
+    known = {
+        field.name: field.metadata["key"].kind for field in attrs.fields(VmConfig) if field.name in TUNABLE
+    }
+    values = {}
+    for key, value in wanted.items():
+        try:
+            values[key] = known[key].read(value)
+        except ValueError as error:
+            raise ConfigError(f"vms/{config.name}.toml", str(error), key) from None
+    changed = attrs.evolve(config, **values)
+    if changed.shortest_epoch > changed.longest_epoch:
+        raise ConfigError(f"vms/{config.name}.toml", "it is more than longest_epoch", "shortest_epoch")
+    return changed
 
 
 @frozen

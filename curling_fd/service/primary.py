@@ -109,8 +109,7 @@ class PrimarySession:
         self._flights: deque[tuple[int, Captured]] = deque()
         self._pulse = Pulse(link, options.generation, options.heartbeat_interval, options.failure_timeout)
         self._clock_ahead = clock_ahead_us()
-        self.peer_rests = False
-        self._rest_asked = False
+        self.peer_rests = self._rest_asked = False
         self._sequence = self._committed = inherited
         self._capturing = trio.Lock()
         self._stirred = trio.Event()  # replaced at each stir: something the capture waits for changed
@@ -187,6 +186,13 @@ class PrimarySession:
         """End the session, a checkpoint that is being taken being finished; `run` raises Unprotected."""
         self._end_reason = why
         self._end.set()
+
+    async def tune(self, options: SessionOptions) -> None:
+        """Go on with another pace, and another limit of what is held."""
+        self._options = options
+        self._gate.limit = options.output_limit
+        self._stir()
+        await self._engine.ask_every(options.pace.shortest)
 
     async def pause(self) -> None:
         """Stop the guest between two checkpoints, so that QEMU's checkpoint loop cannot start it again."""

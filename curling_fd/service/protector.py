@@ -83,7 +83,7 @@ class Protector:
     def __init__(self, record: VmRecord, network: VmNetwork) -> None:
         self._record = record
         self._network = network
-        self._session: PrimarySession | None = None
+        self.session: PrimarySession | None = None
         self._loop: trio.CancelScope | None = None
         self._idle = trio.Event()
         self._idle.set()
@@ -103,7 +103,7 @@ class Protector:
     def stuck(self) -> bool:
         """A checkpoint has been under way for so long that its own limits must have failed."""
         limit = _STUCK + self._record.host.config.stop_limit
-        return self._session is not None and self._session.capturing_for() > limit
+        return self.session is not None and self.session.capturing_for() > limit
 
     async def protect(self) -> None:
         """Start protecting; returns when the backup holds the first whole checkpoint.
@@ -149,8 +149,8 @@ class Protector:
             raise NotProtected(record.name, record.state.value)
         record.remember(wanted=False)
         self._by_order = self._handover.given_up = True
-        if self._session is not None:
-            self._session.end("by an operator")
+        if self.session is not None:
+            self.session.end("by an operator")
         elif self._loop is not None:
             self._loop.cancel()
         await self._idle.wait()
@@ -174,14 +174,14 @@ class Protector:
 
     async def pause(self) -> None:
         """Stop the guest until `resume`, in a moment in which QEMU does not forget it."""
-        if self._session is None and self._record.state in _ALONE:
+        if self.session is None and self._record.state in _ALONE:
             await self._tell_qemu("stop", paused=True)
         else:
             await self._protected_session().pause()
 
     async def resume(self) -> None:
         """Let a paused guest run."""
-        if self._session is None and self._record.state in _ALONE:
+        if self.session is None and self._record.state in _ALONE:
             await self._tell_qemu("cont", paused=False)
         else:
             await self._protected_session().resume()
@@ -203,13 +203,13 @@ class Protector:
         """The daemon ends: leave the session to the next, or else leave the guest running and remember that
         protection is wanted.
         """
-        if self._session is not None and self._record.state is State.PROTECTED and systemd.manager().keeps:
-            self._session.restart()
+        if self.session is not None and self._record.state is State.PROTECTED and systemd.manager().keeps:
+            self.session.restart()
             with trio.move_on_after(REST_WAIT):
                 await self._idle.wait()
                 return
-        if self._session is not None:
-            self._session.end("the daemon on the primary stops")
+        if self.session is not None:
+            self.session.end("the daemon on the primary stops")
         elif self._loop is not None:
             self._loop.cancel()
         with trio.move_on_after(self._record.host.config.stop_limit * 2):
@@ -225,9 +225,9 @@ class Protector:
         await self._fence(Event.STALE, f"{host} runs the VM, at generation {generation}", generation)
 
     def _protected_session(self) -> PrimarySession:
-        if self._session is None or self._record.state is not State.PROTECTED:
+        if self.session is None or self._record.state is not State.PROTECTED:
             raise NotProtected(self._record.name, self._record.state.value)
-        return self._session
+        return self.session
 
     # The loop of attempts.
 
@@ -260,7 +260,7 @@ class Protector:
                     await trio.sleep(delay)
         finally:
             self._loop = None
-            self._session = None
+            self.session = None
             if first and not record.wanted and record.state is State.UNPROTECTED:
                 record.rest(text(self._outcome) if self._outcome else None)
             elif self._by_order and allowed(record.state, Event.UNPROTECT):
@@ -460,7 +460,7 @@ class Protector:
                 session.stops.paused = inherited[1].paused
                 if inherited[1].peer_rests:
                     session.expect_peer()
-            self._session = session
+            self.session = session
             try:
                 async with learning(ports, session.note):
                     finish = await session.run()
@@ -477,7 +477,7 @@ class Protector:
                 await self._left_for_good()
                 raise
             finally:
-                self._session = None
+                self.session = None
 
     async def _left_for_good(self) -> None:
         """The VM has gone from here."""

@@ -178,6 +178,8 @@ class VmRecord:
             "output": self.hold.name if self.hold else None,
             "held_packets": self.hold.statistics().packets if self.hold else 0,
             "held_bytes": self.hold.statistics().bytes if self.hold else 0,
+            "longest_epoch_ms": self.config.longest_epoch * 1000,
+            "shortest_epoch_ms": self.config.shortest_epoch * 1000,
             "peer": str(self.config.peer) if self.config.peer else None,
             "generation": self.generation,
             "arbiter": self.config.arbiter,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from curling_fd.errors import CurlingError
@@ -12,6 +13,7 @@ from curling_fd.service.config import VmConfig
 from curling_fd.service.follower import Follower
 from curling_fd.service.host import Host
 from curling_fd.service.network import VmNetwork
+from curling_fd.service.options import SessionOptions, tuned
 from curling_fd.service.protector import Protector
 from curling_fd.service.record import VmRecord, text
 from curling_fd.service.restart import BackupLeft, Estate, PrimaryLeft
@@ -81,6 +83,18 @@ class Vm:
 
     async def resume(self) -> None:
         await self._protector.resume()
+
+    async def tune(self, wanted: Mapping[str, str]) -> None:
+        """Change keys of the VM's file in TUNABLE, until the daemon ends.
+
+        Raises:
+            ConfigError: to what they cannot be.
+        """
+        record = self.record
+        record.config = tuned(record.config, wanted)
+        if self._protector.session is not None:
+            options = SessionOptions.of(record.config, record.host.config, record.generation)
+            await self._protector.session.tune(options)
 
     async def failover(self, force: bool) -> None:
         await self._follower.failover(force)

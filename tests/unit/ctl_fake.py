@@ -48,6 +48,8 @@ def vm(name: str, **fields: Any) -> dict[str, Any]:
         "engine": None,
         "engine_reason": None,
         "output": None,
+        "longest_epoch_ms": 100.0,
+        "shortest_epoch_ms": 2.0,
         "held_packets": 0,
         "held_bytes": 0,
         "accelerator": None,
@@ -69,6 +71,8 @@ def canned() -> dict[str, dict[str, Any]]:
         "engine": "incremental",
         "engine_reason": "x-colo works",
         "output": "plug",
+        "longest_epoch_ms": 100.0,
+        "shortest_epoch_ms": 2.0,
         "held_packets": 3,
         "held_bytes": 4200,
         "accelerator": "kvm",
@@ -216,6 +220,10 @@ class FakeDaemon:
         found = self._find(request)
         found["paused"] = False
         return {"vm": found}
+
+    async def _tune(self, request: Request) -> Mapping[str, Any]:
+        await self._note(request)
+        return {"vm": self._find(request)}
 
     async def _watch(self, request: Request) -> Mapping[str, Any]:
         self.calls.append((request.method, dict(request.parameters)))

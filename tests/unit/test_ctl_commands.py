@@ -495,3 +495,12 @@ async def test_completion_scripts_are_printed(ctl: Ctl) -> None:
     assert "_shtab_curlingctl curlingctl" in (await ctl("completion", "bash")).out
     assert (await ctl("completion", "zsh")).out.startswith("#compdef curlingctl")
     assert set((await ctl("completion", "bash", "--json")).document) == {"shell", "script"}
+
+
+async def test_tune_says_what_was_to_be_changed_and_no_more(daemon: FakeDaemon, ctl: Ctl) -> None:
+    result = await ctl("tune", "db1", "--longest-epoch", "50ms")
+    assert result.code == 0
+    assert daemon.calls[-1] == (
+        "Tune",
+        {"name": "db1", "longest_epoch": "50ms", "shortest_epoch": None, "output_limit": None},
+    )

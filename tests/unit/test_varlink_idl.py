@@ -113,7 +113,7 @@ def test_the_control_interface_has_an_error_for_every_class_of_exception_and_no_
 
 
 def test_the_control_interface_has_the_methods_of_the_admin_tool() -> None:
-    verbs = "List Show Protect Unprotect Failover Switch Pause Resume Watch Events Doctor"
+    verbs = "List Show Protect Unprotect Failover Switch Pause Resume Tune Watch Events Doctor"
     assert list(control_interface().methods) == verbs.split()
 
 

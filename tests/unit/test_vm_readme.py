@@ -13,6 +13,7 @@ def test_every_block_of_commands_is_one_the_lab_knows() -> None:
         "pip install",
         "nft add table",
         "systemctl enable",
+        "ip tuntap add",
         "qemu-system-x86_64 -name",
         "curlingctl protect",
         "curlingctl failover",

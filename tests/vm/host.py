@@ -38,7 +38,6 @@ class Host:
         sockets: folder for sockets and the disk; short, for sun_path.
         records: folder for what is kept.
         shared: folder of this machine that every host has as /srv/arbiter.
-        taps: persistent taps it has on its bridge.
     """
 
     name: str
@@ -48,7 +47,6 @@ class Host:
     sockets: Path
     records: Path
     shared: Path
-    taps: tuple[str, ...] = ()
     memory: str = "2048"
     boots: int = 0
     agent: Agent = field(init=False)
@@ -170,7 +168,7 @@ class Host:
             "no_timer_check nokaslr cryptomgr.notests mitigations=off "
             f"systemd.hostname={self.name} systemd.machine_id={self.number:032x} "
             f"lab.eth0={self.link_address}/24 lab.br0={self.front_address}/24 "
-            f"lab.taps={','.join(self.taps)} {self.image.cmdline}"
+            f"{self.image.cmdline}"
         )
         command = [*_qemu().argv, "-name", f"lab-{self.name}", "-nodefaults", "-no-user-config"]
         command += ["-display", "none", "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512"]

@@ -136,6 +136,8 @@ class Lab:
         """Start the guest and wait until its program runs."""
         console = host.guest_console
         seen = len(console.lines())
+        if (await host.agent.run(f"ip link show {TAP}", check=False)).status:
+            await self.script(host, readme.block("sh", "ip tuntap add"))
         await host.agent.run("systemctl start lab-guest")
         await console.wait_line("curling ready", start=seen, within=180)
         self.timeline.note("test", f"the guest runs on {host.name}")
@@ -352,7 +354,7 @@ def _lab(name: str, variant: Variant, say: Say, install: bool) -> Iterator[Lab]:
             run(["ip", "address", "add", f"{CLIENT_ADDRESS}/24", "dev", "eth0"])
             run(["ip", "link", "set", "eth0", "up"])
         pair = [
-            Host(name, number, booted, second.disk, sockets, records, shared, (TAP,) if number == 1 else ())
+            Host(name, number, booted, second.disk, sockets, records, shared)
             for number, name in enumerate(("alpha", "beta"), 1)
         ]
         for host in pair:

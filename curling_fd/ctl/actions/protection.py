@@ -1,4 +1,4 @@
-"""protect, unprotect, pause, resume: what does not move the VM to another host."""
+"""protect, unprotect, pause, resume, tune: what does not move the VM to another host."""
 
 from __future__ import annotations
 
@@ -42,6 +42,15 @@ async def pause(context: Context) -> ExitCode:
 async def resume(context: Context) -> ExitCode:
     """Let the guest go on."""
     return await _simple(context, "Resume")
+
+
+async def tune(context: Context) -> ExitCode:
+    """Change the pace until the daemon ends."""
+    wanted = {"longest_epoch": context.args.longest_epoch, "shortest_epoch": context.args.shortest_epoch}
+    wanted["output_limit"] = context.args.output_limit
+    async with context.connect() as client:
+        tell(context, (await client.call("Tune", {"name": context.args.name, **wanted}))["vm"])
+    return ExitCode.OK
 
 
 async def _simple(context: Context, method: str) -> ExitCode:
