@@ -1,7 +1,7 @@
 """The numbers of docs/performance.md: `python -m bench`, some eighteen minutes, into build/bench.json.
 
     python -m bench                     everything
-    python -m bench --parts stops       some of: stops commit sockets failover idle
+    python -m bench --parts stops       some of: stops commit sockets failover network idle
     python -m bench --docs              build/bench.json into docs/performance.md
 
 Needs what the tests need (`make setup`): QEMU 11 out of Debian unstable, gcc, socat.
@@ -20,7 +20,7 @@ from typing import Any
 
 import trio
 
-from bench import transfer
+from bench import network, transfer
 from bench.daemons import MAX_CHECKPOINT, Curling, Failovers, idle_rate
 from bench.machine import Usage, describe, wait_quiet
 from bench.report import document, summary
@@ -33,10 +33,13 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "build" / "bench.json"
 DOCUMENT = ROOT / "docs" / "performance.md"
 
-PARTS = ("commit", "sockets", "failover", "idle", "stops")
+PARTS = ("commit", "sockets", "failover", "network", "idle", "stops")
 
 _GIB = 1 << 30
 _PAGES_PER_GIB = _GIB // 4096
+
+#: How often each way of holding packets is measured, in turn.
+_NETWORK_ROUNDS = 3
 
 #: Failovers of each size: a single one takes 7 to 12 ms.
 _FAILOVERS = 9
@@ -90,6 +93,17 @@ async def measure_failover(qemu: Executable) -> list[dict[str, Any]]:
     return [machine.row() for machine in machines]
 
 
+async def measure_network(qemu: Executable) -> dict[str, dict[str, Any]]:
+    """Round trips through a protected guest, for each pace."""
+    found = {name: network.Trips() for name in network.VARIANTS}
+    for _ in range(_NETWORK_ROUNDS):
+        for name, trips in found.items():
+            wait_quiet()
+            await network.once_more(qemu, name, trips)
+            say(f"round trip, {name}: {trips.row()['p50_ms']:.2f} ms")
+    return {name: trips.row() for name, trips in found.items()}
+
+
 async def measure(
     parts: list[str], qemu: Executable, budget: float, keep: Callable[[str, Any], None]
 ) -> None:
@@ -100,6 +114,8 @@ async def measure(
         keep("sockets", await trio.to_thread.run_sync(measure_sockets))
     if "failover" in parts:
         keep("failover", await measure_failover(qemu))
+    if "network" in parts:
+        keep("network", await measure_network(qemu))
     if "idle" in parts or "stops" in parts:
         async with primary(qemu) as bench:
             if "idle" in parts:

@@ -16,7 +16,8 @@ from curling_fd.units import parse_size
 
 _TEMPLATE = Path(__file__).with_name("performance.md.in")
 
-#: The targets: stop time against the floor, against stock COLO, bytes a second, failover, rate.
+#: The targets: stop time against the floor, against stock COLO, bytes a second, failover, rate; what is added
+#: to a round trip in ms, checkpoints a second while requests flow, CPUs at rest.
 FLOOR_TARGET = 1.10
 STOCK_TARGETS = {"30k": 0.85}
 STOCK_TARGET = 0.75
@@ -24,6 +25,9 @@ COMMIT_TARGET = 1.0
 FAILOVER_TARGET = 100.0
 SIZE_TARGET = 1.2
 RATE_TARGET = 100.0
+LATENCY_TARGET = 6.0
+FLOWING_TARGET = 80.0
+IDLE_CPU_TARGET = 0.03
 
 _VARIANTS = {
     "curling": "Curling",
@@ -206,10 +210,56 @@ def targets(results: dict[str, Any]) -> str:
         rows.append(["failover, 256 MiB", f"{small:.0f} ms", most, _met(small <= FAILOVER_TARGET)])
         ratio, name = large / small, "failover, 4 GiB against 256 MiB"
         rows.append([name, f"{ratio:.2f}", f"at most {SIZE_TARGET}", _met(ratio <= SIZE_TARGET)])
+    if "network" in results:
+        found = results["network"]
+        added = found["default pace"]["p50_ms"] - found["unprotected"]["p50_ms"]
+        most = f"at most {LATENCY_TARGET:.0f} ms"
+        rows.append(["added to a round trip", f"{added:.1f} ms", most, _met(added <= LATENCY_TARGET)])
+        rate, least = found["default pace"]["checkpoints_per_s"], f"at least {FLOWING_TARGET:.0f}"
+        name = "checkpoints a second while requests flow"
+        rows.append([name, f"{rate:.0f}", least, _met(rate >= FLOWING_TARGET)])
+        cpu, most = found["default pace"]["idle_cpu"], f"under {IDLE_CPU_TARGET:.0%}"
+        rows.append(["CPU of both daemons at rest", f"{cpu:.1%}", most, _met(cpu < IDLE_CPU_TARGET)])
     if "idle" in results:
         rate, least = results["idle"]["checkpoints_per_s"], f"at least {RATE_TARGET:.0f}"
         rows.append(["checkpoints a second, idle", f"{rate:.0f}", least, _met(rate >= RATE_TARGET)])
     return table(["what", "measured", "target", ""], rows)
+
+
+def network(results: dict[str, Any]) -> str:
+    """Round trips through a protected guest."""
+    alone = results["network"]["unprotected"]["p50_ms"]
+    rows = []
+    for name, row in results["network"].items():
+        rows.append(
+            [
+                name,
+                row["backend"] or "",
+                f"{row['p50_ms']:.2f}",
+                f"{row['p99_ms']:.2f}",
+                f"{row['p50_ms'] - alone:.2f}",
+                _number(row["checkpoints_per_s"], 0),
+                _number(row["stop_ms_p50"], 2),
+                f"{row['lost']} of {row['requests']}",
+                "" if row["idle_cpu"] is None else f"{row['idle_cpu']:.1%}",
+            ]
+        )
+    head = [
+        "pace",
+        "held by",
+        "p50 ms",
+        "p99 ms",
+        "added, p50 ms",
+        "checkpoints/s",
+        "stop p50 ms",
+        "lost",
+        "CPU at rest",
+    ]
+    return table(head, rows)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def machine(results: dict[str, Any]) -> str:
@@ -233,6 +283,7 @@ def document(results: dict[str, Any]) -> str:
         "commit": commit,
         "sockets": sockets,
         "failover": failover,
+        "network": network,
         "daemons": daemons,
         "bounds": bounds,
         "idle": idle,

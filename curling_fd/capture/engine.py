@@ -18,7 +18,7 @@ from typing import Protocol
 
 from attrs import frozen
 
-from curling_fd.capture.reader import Captured
+from curling_fd.capture.reader import Captured, OnBoundary
 from curling_fd.capture.settings import UNTHROTTLED, Before
 from curling_fd.system.buffers import Buffer
 from curling_fd.vmstate.records import Block, RamLayout
@@ -114,14 +114,12 @@ class EngineOptions:
         pass_limit: how fast the first pass may be. The engine `snapshot` has no use for one: its guest waits
             for each page it writes to be sent first, and would wait longer.
         will: commands for QEMU for when this daemon dies or stands still, before its guest goes on.
-        boundary_asks_qemu: what is called at the boundary talks to QEMU.
     """
 
     request_delay_ms: int
     stop_limit: float
     pass_limit: PassLimit | None = None
     will: bytes = b""
-    boundary_asks_qemu: bool = False
 
 
 class Engine(Protocol):
@@ -138,7 +136,7 @@ class Engine(Protocol):
         ...
 
     async def checkpoint(
-        self, buffer: Buffer, on_boundary: Callable[[], None] | None = None, *, resume: bool = True
+        self, buffer: Buffer, on_boundary: OnBoundary | None = None, *, resume: bool = True
     ) -> Captured:
         """Take a checkpoint into `buffer`. With `resume=False` the guest stays stopped afterwards.
 

@@ -8,8 +8,8 @@ messages are in `colo`, the pass and the loop as a sequence diagram in docs/prot
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 import trio
@@ -21,7 +21,7 @@ from curling_fd.capture.guarding import guarded, hang_up, let_go, prefixed, with
 from curling_fd.capture.intake import PassIntake
 from curling_fd.capture.limit import limited_pass
 from curling_fd.capture.probe import Choice
-from curling_fd.capture.reader import Captured, CheckpointReader, migration_socketpair
+from curling_fd.capture.reader import Captured, CheckpointReader, OnBoundary, migration_socketpair
 from curling_fd.capture.recover import let_go_on, recover
 from curling_fd.capture.settings import Before, migration_settings, put_back
 from curling_fd.capture.tcg import report_all_writes
@@ -133,14 +133,14 @@ class IncrementalEngine:
         return not scope.cancelled_caught
 
     async def checkpoint(
-        self, buffer: Buffer, on_boundary: Callable[[], None] | None = None, *, resume: bool = True
+        self, buffer: Buffer, on_boundary: OnBoundary | None = None, *, resume: bool = True
     ) -> Captured:
         reader = self._reader
         assert reader is not None, "checkpoint before first_pass"
 
         # What QEMU tells of the stop would wake our event loop meanwhile, and the thread that takes the
         # checkpoint would wait for the interpreter: some 0.2 ms.
-        async with nullcontext() if self._options.boundary_asks_qemu else self._qmp.unread():
+        async with self._qmp.unread():
             self._requested = False
             self._guard.arm()
             captured = await trio.to_thread.run_sync(partial(reader.take, buffer, on_boundary, resume=resume))

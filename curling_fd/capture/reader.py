@@ -11,6 +11,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from typing import TypeAlias
 
 from attrs import frozen
 
@@ -26,6 +27,10 @@ SOCKET_BUFFER = 4 << 20
 
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
+
+
+OnBoundary: TypeAlias = Callable[[], Callable[[], None] | None]
+"""See `CheckpointReader.take`."""
 
 
 @frozen
@@ -97,14 +102,13 @@ class CheckpointReader:
         """The block of the newest page."""
         return self._last_block
 
-    def take(
-        self, buffer: Buffer, on_boundary: Callable[[], None] | None = None, *, resume: bool = True
-    ) -> Captured:
+    def take(self, buffer: Buffer, on_boundary: OnBoundary | None = None, *, resume: bool = True) -> Captured:
         """Answer the REQUEST that was read, take the checkpoint and let the guest go.
 
         Args:
             buffer: filled from its start; borrowed.
-            on_boundary: called while the guest stands still at the end of the epoch.
+            on_boundary: called while the guest stands still at the end of the epoch; what it returns is
+                called when the checkpoint is whole, before the guest is let go.
             resume: False leaves the guest standing; `release` lets it go.
 
         Raises:
@@ -122,8 +126,7 @@ class CheckpointReader:
         have = self._fill(view, 0, colo.MESSAGE_SIZE, deadline, exact=True)
         colo.expect(view[: colo.MESSAGE_SIZE], Message.VMSTATE_SEND)
         boundary_us = time.time_ns() // 1000
-        if on_boundary is not None:
-            on_boundary()
+        finish = on_boundary() if on_boundary is not None else None
 
         # The message's bytes are overwritten: a checkpoint starts at the start of its buffer.
         have = position = 0
@@ -140,6 +143,8 @@ class CheckpointReader:
             raise CheckpointTooLarge(limit)
         while have < end:
             have = self._fill(view, have, limit, deadline)
+        if finish is not None:
+            finish()
         released_us = time.time_ns() // 1000
         if resume:
             self.release()

@@ -19,7 +19,7 @@ from curling_fd.capture.engine import Description, EngineLeft, EngineOptions, In
 from curling_fd.capture.guarding import guarded, hang_up, let_go, prefixed, without
 from curling_fd.capture.intake import PassIntake
 from curling_fd.capture.limit import limited_pass
-from curling_fd.capture.reader import Captured, migration_socketpair, set_receive_timeout
+from curling_fd.capture.reader import Captured, OnBoundary, migration_socketpair, set_receive_timeout
 from curling_fd.capture.recover import free_guest, let_go_on, until_no_migration
 from curling_fd.capture.settings import Before, migration_settings, put_back, set_capabilities
 from curling_fd.errors import CheckpointTimeout, CheckpointTooLarge, EngineFailed, QmpError
@@ -183,7 +183,7 @@ class WholeEngine:
         await trio.lowlevel.checkpoint()
 
     async def checkpoint(
-        self, buffer: Buffer, on_boundary: Callable[[], None] | None = None, *, resume: bool = True
+        self, buffer: Buffer, on_boundary: OnBoundary | None = None, *, resume: bool = True
     ) -> Captured:
         captured: Captured | None = None
 
@@ -220,7 +220,7 @@ class WholeEngine:
         receive: Callable[[socket.socket], Awaitable[None]],
         *,
         resume: bool,
-        on_boundary: Callable[[], None] | None = None,
+        on_boundary: OnBoundary | None = None,
     ) -> None:
         """One migration, its stream given to `receive`; it counts only if QEMU says so too."""
         # A background snapshot stops the guest at its beginning and lets it go on by itself. What the guest
@@ -233,14 +233,14 @@ class WholeEngine:
                 theirs.close()
                 self._guard.cut(ours)
                 if on_boundary is not None and early:
-                    await trio.to_thread.run_sync(on_boundary)
+                    await trio.to_thread.run_sync(_whole, on_boundary)
                 self._guard.arm()
                 await self._qmp.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
                 async with open_nursery() as nursery:
                     nursery.start_soon(receive, ours)
                     await self._completed(events)
                     if on_boundary is not None and not early:
-                        await trio.to_thread.run_sync(on_boundary)
+                        await trio.to_thread.run_sync(_whole, on_boundary)
                 if resume:
                     await let_go_on(self._qmp)
                     self._guard.disarm()
@@ -373,3 +373,10 @@ async def _end(qmp: QmpClient) -> None:
             await let_go_on(qmp)
     except QmpError:
         pass  # QEMU is gone, or refuses to cancel what is over
+
+
+def _whole(on_boundary: OnBoundary) -> None:
+    """Both halves at once: here the guest stands still for long enough anyway."""
+    finish = on_boundary()
+    if finish is not None:
+        finish()

@@ -19,8 +19,8 @@ Sources: qemu `net/filter.c` (the order of filters), `net/filter-buffer.c`, `net
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import trio
@@ -58,7 +58,6 @@ class FilterHold:
 
     name = "filter"
     depth: int | None = 1
-    asks_qemu = True
 
     def __init__(self, qmp: QmpClient, path: str, netdevs: Sequence[str], *, adopted: bool = False) -> None:
         self._qmp = qmp
@@ -87,7 +86,7 @@ class FilterHold:
             raise CannotHold(netdev, error.description) from None
         self._attached = True
 
-    def barrier(self, sequence: int) -> None:
+    def barrier(self, sequence: int) -> Callable[[], None] | None:
         assert self._attached and not self._unreleased, (
             f"barrier {sequence} before the one before was released"
         )
@@ -96,9 +95,20 @@ class FilterHold:
         else:
             # B first: what A lets out from now on must find it closed.
             commands = [*_switch(self._netdevs, "b", "on"), *_switch(self._netdevs, "a", "on")]
-        trio.from_thread.run(self._tell, commands)
         self._closed = self._unreleased = True
         self._held, self._sent = self._sent, HoldStatistics()
+        if not self._qmp.is_unread:
+            trio.from_thread.run(self._tell, commands)
+            return None
+        # QEMU is busy with the checkpoint: it is told now, and its answers are looked at when that is done.
+        with self._explained():
+            answered = self._qmp.send_unread(commands)
+
+        def finish() -> None:
+            with self._explained():
+                answered()
+
+        return finish
 
     async def release(self, sequence: int) -> None:
         await self._tell([*_switch(self._netdevs, "b", "off"), *_switch(self._netdevs, "b", "on")])
@@ -178,12 +188,17 @@ class FilterHold:
         return _switch(self._netdevs, "m", to)
 
     async def _tell(self, commands: Sequence[Command]) -> None:
-        try:
+        with self._explained():
             if not self._qmp.disconnected.is_set():
                 await self._qmp.execute_all(commands)
             else:
                 async with open_qmp(self._path) as qmp:
                     await qmp.execute_all(commands)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except QmpError as error:
             raise OutputError(", ".join(self._netdevs), str(error)) from error
 

@@ -31,13 +31,11 @@ class OutputHold(Protocol):
     Attributes:
         name: of the backend, for `curlingctl show`.
         depth: how many barriers may be waiting for their release at once; None for any number.
-        asks_qemu: `barrier` talks to QEMU over the session's monitor.
         last_will: what QEMU has to be told over the monitor when this daemon is gone.
     """
 
     name: str
     depth: int | None
-    asks_qemu: bool
 
     @property
     def last_will(self) -> bytes: ...
@@ -50,8 +48,11 @@ class OutputHold(Protocol):
         """
         ...
 
-    def barrier(self, sequence: int) -> None:
+    def barrier(self, sequence: int) -> Callable[[], None] | None:
         """Everything sent so far is of epoch `sequence`. Called in the capture's thread, the guest stopped.
+
+        Returns:
+            What has to be called there before the guest goes on, if the barrier is not in place yet.
 
         Raises:
             OutputError: it cannot be told apart from what comes.
@@ -104,14 +105,13 @@ class NoHold:
 
     name = "none"
     depth: int | None = None
-    asks_qemu = False
     last_will = b""
 
     async def attach(self) -> None:
         pass
 
-    def barrier(self, sequence: int) -> None:
-        pass
+    def barrier(self, sequence: int) -> Callable[[], None] | None:
+        return None
 
     async def release(self, sequence: int) -> None:
         pass

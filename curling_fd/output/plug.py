@@ -58,7 +58,6 @@ class PlugHold:
 
     name = "plug"
     depth: int | None = 1
-    asks_qemu = False
 
     def __init__(self, ports: Sequence[str], *, limit: int, vm: str) -> None:
         if not ports or len(set(ports)) != len(ports):

@@ -31,7 +31,6 @@ class TapHold:
 
     name = "plug"
     depth: int | None = 1
-    asks_qemu = False
     last_will = b""
 
     def __init__(

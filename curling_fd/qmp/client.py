@@ -12,9 +12,11 @@ import array
 import itertools
 import math
 import os
+import select
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeAlias
 
@@ -94,6 +96,8 @@ class QmpClient:
         self._reading = trio.Lock()  # held while the connection is waited for
         self._turn = trio.CancelScope()
         self._wanted = 0  # how many wait for it
+        self._read_ahead = b""  # by a thread, and not looked at
+        self.is_unread = False
         self.disconnected = trio.Event()
 
     def fileno(self) -> int:
@@ -188,18 +192,69 @@ class QmpClient:
     async def unread(self) -> AsyncIterator[None]:
         """Inside the block what QEMU says stays unread, and is read afterwards.
 
-        A command that is executed inside gets its answer after the block.
+        A command that is executed inside gets its answer after the block, unless by `send_unread`.
         """
         await self._stop_reading()
+        self.is_unread = True
         try:
             yield
         finally:
+            self.is_unread = False
             self._reading.release()
+
+    def send_unread(self, commands: Sequence[tuple[str, Mapping[str, Any] | None]]) -> Callable[[], None]:
+        """`execute_all` from a thread, inside of `unread`, without the event loop: for where the guest waits.
+
+        Returns:
+            What waits for the answers, and raises as `execute_all` does. To be called in the block, once.
+
+        Raises:
+            QmpDisconnected: QEMU went away.
+        """
+        first = commands[0][0]
+        waiting = {next(self._ids): command for command, _ in commands}
+        data = b"".join(encode_command(*command, id) for id, command in zip(waiting, commands, strict=True))
+        try:
+            with self._duplicate() as sock:
+                sock.sendall(data)  # there is room: nothing else is on its way
+        except OSError:
+            raise QmpDisconnected(first) from None
+
+        def answered() -> None:
+            decoder = Decoder()
+            decoder.feed(self._decoder.rest)
+            until = time.monotonic() + COMMAND_TIMEOUT
+            refused: QmpCommandFailed | None = None
+            try:
+                with self._duplicate() as sock:
+                    while waiting:
+                        if not _readable(sock, until):
+                            raise QmpTimeout(first, COMMAND_TIMEOUT)
+                        got = sock.recv(65536)
+                        if not got:
+                            raise QmpDisconnected(first)
+                        self._read_ahead += got
+                        for message in decoder.feed(got):
+                            command = waiting.pop(_id(message), None)
+                            if command is not None and isinstance(message, Error):
+                                refused = QmpCommandFailed(command, message.kind, message.description)
+            except (OSError, QmpProtocolError):
+                raise QmpDisconnected(first) from None
+            if refused is not None:
+                raise refused
+
+        return answered
+
+    def _duplicate(self) -> socket.socket:
+        return socket.socket(fileno=os.dup(self._socket.fileno()))
 
     async def leave(self) -> MonitorLeft:
         """Read and execute nothing more: whoever has a duplicate of the connection can go on with it."""
         await self._stop_reading()
         self._closed = True
+        self._read_ahead, data = b"", self._read_ahead
+        for message in self._decoder.feed(data):
+            self._route(message)
         return MonitorLeft(self.greeting, self.pid, next(self._ids), self._decoder.rest)
 
     def replay(self, events: Sequence[Event]) -> None:
@@ -221,6 +276,10 @@ class QmpClient:
                 with trio.CancelScope() as self._turn:
                     if self._wanted:  # since before this turn began
                         self._turn.cancel()
+                    if self._read_ahead:
+                        await trio.lowlevel.checkpoint()
+                        data, self._read_ahead = self._read_ahead, b""
+                        return data
                     return await self._socket.recv(65536)
 
     async def _send(self, command: str, data: bytes, fds: Sequence[int]) -> None:
@@ -265,6 +324,18 @@ class QmpClient:
             waiter = self._waiting.pop(message.id, None) if isinstance(message.id, int) else None
             if waiter is not None:  # else its caller gave up, or a guard wrote the command
                 waiter.send_nowait(message)
+
+
+def _id(message: object) -> int:
+    """Of a command's answer; no command has -1."""
+    found = message.id if isinstance(message, Return | Error) else None
+    return found if isinstance(found, int) else -1
+
+
+def _readable(sock: socket.socket, until: float) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(max(0.0, until - time.monotonic()) * 1000))
 
 
 async def _value(command: str, answer: trio.MemoryReceiveChannel[Return | Error]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import trio
 
@@ -37,8 +38,11 @@ class OutputGate:
             with trio.move_on_after(_LOOK):
                 await self._released.wait()
 
-    def barrier(self, sequence: int) -> None:
+    def barrier(self, sequence: int) -> Callable[[], None] | None:
         """What the guest has sent so far is of epoch `sequence`. Called in a thread, the guest stopped.
+
+        Returns:
+            What has to be called before the guest goes on, if anything.
 
         Raises:
             CheckpointTimeout: the epoch before was not committed in time.
@@ -46,8 +50,9 @@ class OutputGate:
         """
         if not self._open.wait(self._stop_limit):
             raise CheckpointTimeout(self._stop_limit, "the commit of the checkpoint before")
-        self._hold.barrier(sequence)
+        finish = self._hold.barrier(sequence)
         self._count(+1)
+        return finish
 
     async def release(self, sequence: int) -> None:
         """Epoch `sequence` is committed.

@@ -54,7 +54,6 @@ def engine_options(
         stop_limit=daemon.stop_limit,
         pass_limit=pass_limit,
         will=hold.last_will,
-        boundary_asks_qemu=hold.asks_qemu,
     )
 
 

@@ -268,7 +268,7 @@ class PrimarySession:
                         if last or not (self.stops.paused or self._pulse.resting):
                             stopped = trio.current_time()
                             captured = await self._capture(buffer, resume=not last)
-                            boundary = Boundary(stopped, trio.current_time())
+                            boundary = Boundary(stopped, stopped + captured.seconds)
                 finally:
                     if captured is None:
                         self._pool.release(buffer)

@@ -151,6 +151,7 @@ async def serve_one(backup: Backup, listener: trio.socket.SocketType) -> None:
         rehearse=nothing,
         standby_failed=trio.sleep_forever,
         committed=lambda: None,
+        learned=lambda addresses: None,
     )
     try:
         backup.outcome = await session.run()

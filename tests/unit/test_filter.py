@@ -20,6 +20,7 @@ class Monitor:
         self.said: list[str] = []
         self.refused = refused
         self.disconnected = trio.Event()
+        self.is_unread = False
 
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
         told = " ".join([command, *(str(value) for value in (arguments or {}).values())])
