@@ -201,9 +201,10 @@ def plug_packet(placement: Placement, action: PlugAction, limit: int = 0) -> byt
 
 def let_out(route: RouteSocket, placement: Placement) -> None:
     """Open the plug, if it is there."""
+    what = f"the plug on {placement.interface}"
     with _tolerant():
-        packet = plug_packet(placement, PlugAction.RELEASE_INDEFINITE)
-        route.send(packet, what=f"the plug on {placement.interface}")
+        if root_qdisc(route, placement.index, what=what).kind == "plug":
+            route.send(plug_packet(placement, PlugAction.RELEASE_INDEFINITE), what=what)
 
 
 def in_transit(route: RouteSocket, placement: Placement) -> int:
