@@ -22,6 +22,8 @@ from curling_fd.netlink.wire import NLM_F_ECHO
 ROOT = 0xFFFF_FFFF
 INGRESS = 0xFFFF_FFF1
 INGRESS_HANDLE = 0xFFFF_0000
+#: Where a port's filters for what it receives are, as `tc filter ... ingress` says it.
+_INGRESS_FILTERS = 0xFFFF_FFF2
 PLUG_HANDLE = 0x0001_0000
 
 #: A packet meets the filters of a port in the order of this number. Low, but not the lowest.
@@ -57,13 +59,16 @@ class Qdisc:
 
 @frozen
 class Filter:
-    """A filter at a port's ingress; `target` is the interface that it redirects to, 0 when it does not."""
+    """A filter at a port's ingress.
+
+    `target` is the interface that it redirects to: 0 when that is gone, None when it does something else.
+    """
 
     kind: str
     priority: int
     protocol: int
     handle: int
-    target: int
+    target: int | None
 
 
 def ingress_qdisc(port: int) -> tcmsg:
@@ -96,7 +101,7 @@ def redirect(port: int, interface: int) -> tcmsg:
     message = _message(
         port,
         _FILTER_HANDLE,
-        INGRESS_HANDLE,
+        _INGRESS_FILTERS,
         [("TCA_KIND", "matchall"), ("TCA_OPTIONS", {"attrs": [("TCA_MATCHALL_ACT", actions)]})],
     )
     message["info"] = PRIORITY << 16 | socket.htons(_ETH_P_ALL)
@@ -105,7 +110,7 @@ def redirect(port: int, interface: int) -> tcmsg:
 
 def found_filter(port: int, found: Filter) -> tcmsg:
     """For RTM_DELTFILTER: that filter at the port's ingress."""
-    message = _message(port, found.handle, INGRESS_HANDLE, [("TCA_KIND", found.kind)])
+    message = _message(port, found.handle, _INGRESS_FILTERS, [("TCA_KIND", found.kind)])
     message["info"] = found.priority << 16 | found.protocol
     return message
 
@@ -143,7 +148,7 @@ def ports_with_ingress(route: RouteSocket) -> list[int]:
 
 def ingress_filters(route: RouteSocket, port: int) -> list[Filter]:
     """The filters for what a port receives; none when there is no such port."""
-    question = _message(port, 0, INGRESS_HANDLE, [])
+    question = _message(port, 0, _INGRESS_FILTERS, [])
     try:
         answers = route.dump(question, RTM_GETTFILTER, what=f"the filters of interface {port}")
     except NetlinkError as error:
@@ -177,16 +182,16 @@ def filter_of(message: tcmsg) -> Filter:
         priority=message["info"] >> 16,
         protocol=message["info"] & 0xFFFF,
         handle=message["handle"],
-        target=_target(message) if kind == "matchall" else 0,
+        target=_target(message) if kind == "matchall" else None,
     )
 
 
-def _target(message: tcmsg) -> int:
+def _target(message: tcmsg) -> int | None:
     parameters = message.get_nested(
         "TCA_OPTIONS", "TCA_MATCHALL_ACT", "TCA_ACT_PRIO_1", "TCA_ACT_OPTIONS", "TCA_MIRRED_PARMS"
     )
     if parameters is None or parameters["eaction"] != _EGRESS_REDIRECT:
-        return 0
+        return None
     return int(parameters["ifindex"])
 
 

@@ -201,9 +201,10 @@ def plug_packet(placement: Placement, action: PlugAction, limit: int = 0) -> byt
 
 def let_out(route: RouteSocket, placement: Placement) -> None:
     """Open the plug, if it is there."""
+    what = f"the plug on {placement.interface}"
     with _tolerant():
-        packet = plug_packet(placement, PlugAction.RELEASE_INDEFINITE)
-        route.send(packet, what=f"the plug on {placement.interface}")
+        if root_qdisc(route, placement.index, what=what).kind == "plug":
+            route.send(plug_packet(placement, PlugAction.RELEASE_INDEFINITE), what=what)
 
 
 def in_transit(route: RouteSocket, placement: Placement) -> int:
@@ -232,7 +233,8 @@ def throw_away(route: RouteSocket, placement: Placement) -> None:
 def lead_out(route: RouteSocket, placement: Placement) -> None:
     """What the port receives goes its own way again."""
     for found in ingress_filters(route, placement.port_index) if placement.port_index else ():
-        if found.target == placement.index and found.priority == PRIORITY:
+        # One that leads nowhere is ours too: our interface was deleted by somebody.
+        if found.priority == PRIORITY and found.target in (placement.index, 0):
             with _tolerant():
                 message = found_filter(placement.port_index, found)
                 route.request(message, RTM_DELTFILTER, what=f"the filter on {placement.port}")
@@ -259,7 +261,10 @@ def leftovers(route: RouteSocket, vms: Sequence[str] | None = None) -> list[Left
     if not ours:
         return []
     redirected = {
-        found.target: port for port in ports_with_ingress(route) for found in ingress_filters(route, port)
+        found.target: port
+        for port in ports_with_ingress(route)
+        for found in ingress_filters(route, port)
+        if found.target
     }
     found: dict[str, list[tuple[Placement, bool, bool]]] = {}
     for each in ours:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import select
-import socket
 import struct
 from types import TracebackType
 
@@ -21,6 +20,11 @@ _IFF_NO_PI = 0x1000
 ETHERTYPE = 0x88B5
 GUEST_MAC = bytes.fromhex("525400000777")
 BROADCAST = b"\xff" * 6
+
+
+def numbered(number: int) -> bytes:
+    """A frame to everybody with a number in it."""
+    return BROADCAST + GUEST_MAC + struct.pack("!HI", ETHERTYPE, number) + bytes(46)
 
 
 class Tap:
@@ -56,7 +60,7 @@ class Tap:
     def number(self, *numbers: int) -> None:
         """The guest sends numbered frames, to everybody."""
         for number in numbers:
-            self.send(BROADCAST + GUEST_MAC + struct.pack("!HI", ETHERTYPE, number) + bytes(46))
+            self.send(numbered(number))
 
     def receive(self, within: float = 10.0) -> bytes:
         """The next frame for the guest."""
@@ -66,33 +70,30 @@ class Tap:
 
 
 class Wire:
-    """Hears the numbered frames that leave through the interface `name`, in order."""
+    """Hears the numbered frames that leave through a tap, in the order in which the kernel sends them.
 
-    def __init__(self, name: str) -> None:
-        kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        self._socket = socket.socket(socket.AF_PACKET, kind, socket.htons(ETHERTYPE))
-        # Never too little room: what is not here did not leave.
-        self._socket.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)
-        self._socket.bind((name, ETHERTYPE))
+    A packet socket would not do: on the way to one, what two CPUs have sent may change places.
+    """
 
-    def close(self) -> None:
-        self._socket.close()
+    def __init__(self, tap: Tap) -> None:
+        self._tap = tap
 
     def heard(self) -> list[int]:
         """What came since the last look."""
         numbers: list[int] = []
         while True:
             try:
-                frame = self._socket.recv(64)
+                frame = os.read(self._tap.fd, 1 << 16)
             except BlockingIOError:
                 return numbers
-            numbers.append(struct.unpack_from("!I", frame, 14)[0])
+            if frame[12:14] == ETHERTYPE.to_bytes(2):
+                numbers.append(struct.unpack_from("!I", frame, 14)[0])
 
     def hear(self, count: int, within: float = 20.0) -> list[int]:
         """Wait for so many; what came until then, which is less if they do not come."""
         numbers: list[int] = []
         while len(numbers) < count:
-            if not select.select([self._socket], [], [], within)[0]:
+            if not select.select([self._tap.fd], [], [], within)[0]:
                 break
             numbers += self.heard()
         return numbers

@@ -77,7 +77,7 @@ def test_every_order_to_a_plug(action: PlugAction, limit: int, option: str) -> N
 def test_the_redirection_of_all_that_a_port_receives() -> None:
     assert golden(redirect(3, 7), RTM_NEWTFILTER, NEW) == (
         "70000000 2c000506 00000000 00000000 "
-        "00000000 03000000 01000000 0000ffff 00030200 "  # handle 1, parent ffff:, priority 2, ETH_P_ALL
+        "00000000 03000000 01000000 f2ffffff 00030200 "  # handle 1, parent ffff:fff2, priority 2, ETH_P_ALL
         "0d000100 6d617463 68616c6c 00000000 "  # TCA_KIND "matchall"
         "3c000200 "  # TCA_OPTIONS
         "38000200 "  # TCA_MATCHALL_ACT
@@ -93,7 +93,7 @@ def test_the_end_of_a_filter_that_was_found() -> None:
     found = Filter("matchall", 2, 0x0300, 1, 7)
     assert golden(found_filter(3, found), RTM_DELTFILTER) == (
         "34000000 2d000500 00000000 00000000 "
-        "00000000 03000000 01000000 0000ffff 00030200 "
+        "00000000 03000000 01000000 f2ffffff 00030200 "
         "0d000100 6d617463 68616c6c 00000000"
     )
 
@@ -130,4 +130,4 @@ def test_our_filter_is_known_by_where_it_leads() -> None:
 def test_a_filter_of_others_leads_nowhere() -> None:
     body = struct.pack("=IiIII", 0, 3, 0x80000800, 0xFFFF0000, 1 << 16 | 0x0008)
     foreign = answer(RTM_NEWTFILTER, body + attribute(1, b"u32\0") + attribute(2, b"what ever it is."))
-    assert filter_of(foreign) == Filter("u32", 1, 8, 0x80000800, 0)
+    assert filter_of(foreign) == Filter("u32", 1, 8, 0x80000800, None)
