@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -181,9 +182,9 @@ def refusal(kind: type[OutputError], what: str) -> Iterator[list[OutputError]]:
         yield caught
     except OutputError as error:
         caught.append(error)
-    (error,) = caught
-    assert type(error) is kind, repr(error)
-    assert error.what == what, error
+    (refused,) = caught
+    assert type(refused) is kind, repr(refused)
+    assert refused.what == what, refused
 
 
 @scenario
@@ -542,10 +543,11 @@ async def every_failure_leaves_the_host_as_it_was(net: Net) -> None:
     for kind in ("clsact", "ingress"):
         sh(f"tc qdisc add dev vnet1 {kind}; tc filter add dev vnet1 ingress pref 7 matchall action drop")
         await refused(PortTaken, "vnet1")
-        examine, plug.examine = plug.examine, index_of
+        examine = vars(plug)["examine"]
+        vars(plug)["examine"] = index_of
         # Somebody was quicker: the first port is in place by then.
         await refused(OutputError, "vnet1")
-        plug.examine = examine
+        vars(plug)["examine"] = examine
         sh(f"tc qdisc del dev vnet1 {kind}")
     sh("ip link add plug-vnet1 type ifb")
     await refused(OutputError, "vnet1")
@@ -609,7 +611,7 @@ async def filters_that_others_add_later_survive(net: Net) -> None:
 
 def main() -> None:
     if sys.argv[1] == "daemon":
-        trio.run(daemon, *sys.argv[2:])
+        trio.run(partial(daemon, *sys.argv[2:]))
     with put_up() as net:
         trio.run(SCENARIOS[sys.argv[1]], net)
 
