@@ -26,31 +26,27 @@ class TapHold:
 
     Args:
         limit: bytes after which the session makes the guest wait.
-        on_frame: is given the guest's ARP and neighbour discovery frames.
     """
 
     name = "plug"
     depth: int | None = 1
     last_will = b""
 
-    def __init__(
-        self, ports: Sequence[str], *, limit: int, vm: str, on_frame: Callable[[Frame], None]
-    ) -> None:
+    def __init__(self, ports: Sequence[str], *, limit: int, vm: str) -> None:
         self._ports = tuple(ports)
         self._plug = PlugHold(ports, limit=limit * _ROOM, vm=vm)
-        self._on_frame = on_frame
         self._watch: OutputWatch | None = None
         self._waiting = False
 
     @classmethod
-    def left(cls, vm: str, *, limit: int, on_frame: Callable[[Frame], None]) -> TapHold | None:
+    def left(cls, vm: str, *, limit: int) -> TapHold | None:
         """What a daemon before us has left for `vm`, as it is; None if it left nothing."""
         with RouteSocket() as route:
             found = leftovers(route, [vm])
         if not found:
             return None
         ports = [each.port for each in found[0].placements if each.port]
-        hold = cls(ports or ["gone"], limit=limit, vm=vm, on_frame=on_frame)
+        hold = cls(ports or ["gone"], limit=limit, vm=vm)
         hold._plug = PlugHold.adopt(found[0], limit=limit * _ROOM)
         return hold
 
@@ -85,7 +81,7 @@ class TapHold:
         with OutputWatch(self._ports) as self._watch:
             self._watch.arm()
             try:
-                await self._watch.run(on_output=tell, on_frame=self._on_frame, on_change=_check)
+                await self._watch.run(on_output=tell, on_frame=_ignore, on_change=_check)
             finally:
                 self._watch = None
 
@@ -121,6 +117,10 @@ def _names(fdinfo: str) -> Iterator[str]:
     for line in fdinfo.splitlines():
         if line.startswith("iff:") and (name := line.removeprefix("iff:").strip()):
             yield name
+
+
+def _ignore(frame: Frame) -> None:
+    """Addresses are learned by whoever sees both directions."""
 
 
 def _check(change: PortChange) -> None:

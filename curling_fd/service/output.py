@@ -16,13 +16,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from curling_fd.errors import CannotHold, OutputError, QmpDisconnected, QmpError, QmpUnreachable
+from curling_fd.errors import ArbiterError, CannotHold, OutputError, QmpDisconnected, QmpError, QmpUnreachable
 from curling_fd.failover.states import State
 from curling_fd.output.filter import FilterHold, left_in
 from curling_fd.output.hold import NoHold, OutputHold
 from curling_fd.output.nics import Nic, parse_nics
 from curling_fd.output.taps import TapHold, taps_of
-from curling_fd.output.watch import Frame
 from curling_fd.qmp.client import QmpClient, open_qmp
 from curling_fd.service.record import VmRecord, text
 
@@ -75,14 +74,31 @@ class Output:
             with suppress(QmpError):
                 async with open_qmp(record.qmp) as qmp:
                     await self.adopt(qmp)
-        await self.settle()
+        await self.settle(sure=True)
 
-    async def settle(self) -> None:
-        """Do what the state of the VM asks for."""
-        if self._record.state is State.FENCED:
+    async def settle(self, *, sure: bool) -> None:
+        """Do what the state of the VM asks for.
+
+        Args:
+            sure: no backup has a replica of a daemon before us, which it could run.
+        """
+        record = self._record
+        if record.hold is None:
+            return
+        if record.state is State.FENCED:
             await self.drop()
-        elif self._record.state in _OURS_ALONE:
+        elif record.state in _OURS_ALONE and (
+            sure or record.state is not State.UNPROTECTED or await self._right()
+        ):
             await self._let_out()
+
+    async def _right(self) -> bool:
+        """The arbiter lets this host run the VM. Else the next attempt to protect is told so as well."""
+        try:
+            await self._record.swap(incumbent=True)
+        except ArbiterError:
+            return False
+        return True
 
     async def drop(self) -> None:
         """Another host may run the VM: throw away what is held, and what the guest still sends."""
@@ -144,16 +160,13 @@ class Output:
         taps = sorted(set(taps_of(pid).values()))
         if not taps:
             raise CannotHold(nics[0].name, "the tap of its QEMU is not in the daemon's network namespace")
-        hold = TapHold(taps, limit=config.output_limit, vm=config.name, on_frame=self._learn)
+        hold = TapHold(taps, limit=config.output_limit, vm=config.name)
         await hold.attach()
         return hold
 
     async def _left_plugged(self) -> OutputHold | None:
         config = self._record.config
-        return TapHold.left(config.name, limit=config.output_limit, on_frame=self._learn)
-
-    def _learn(self, frame: Frame) -> None:
-        """See which addresses the guest has."""
+        return TapHold.left(config.name, limit=config.output_limit)
 
 
 def _check(nic: Nic) -> None:

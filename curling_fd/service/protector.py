@@ -250,7 +250,7 @@ class Protector:
                     except Exception as raised:
                         self._outcome = error = ours(raised)
                         again = await self._settle(error)
-                        await self._output.settle()
+                        await self._output.settle(sure=self._sure)
                         if not again:
                             return
                         if self._by_order or (first and not record.wanted and not self._has_fallback()):
@@ -266,7 +266,7 @@ class Protector:
             elif self._by_order and allowed(record.state, Event.UNPROTECT):
                 record.rest("unprotected by an operator")
             with trio.CancelScope(shield=True):
-                await self._output.settle()
+                await self._output.settle(sure=True)
             self._by_order = self._handover.given_up = False
             self._idle.set()
             record.stir()
