@@ -465,3 +465,28 @@ async def test_what_qemu_says_while_it_stays_unread_comes_afterwards(
                 assert (await events.receive()).name == "STOP"
                 if pauses.randrange(2):
                     assert await qmp.execute("query-status") == "query-status"
+
+
+async def test_several_commands_at_once_go_in_order(nursery: trio.Nursery, tmp_path: Path) -> None:
+    server = await serve(nursery, tmp_path)
+    async with open_qmp(server.path) as qmp:
+        assert await qmp.execute_all([("stop", None), ("cont", None)]) == ["stop", "cont"]
+        assert [command["execute"] for command in server.commands[-2:]] == ["stop", "cont"]
+
+
+async def test_a_thread_can_ask_while_qemu_stays_unread_and_events_come_afterwards(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    server = await serve(nursery, tmp_path)
+    async with open_qmp(server.path) as qmp:
+        with qmp.events() as events, trio.fail_after(60):
+            for _ in range(20):
+                async with qmp.unread():
+                    await server.event("STOP")
+                    answered = qmp.send_unread([("qom-set", {"value": "off"}), ("qom-set", {"value": "on"})])
+                    await server.event("RESUME")
+                    await trio.to_thread.run_sync(answered)
+                    with pytest.raises(trio.WouldBlock):
+                        events.receive_nowait()
+                assert [(await events.receive()).name for _ in range(2)] == ["STOP", "RESUME"]
+                assert await qmp.execute("query-status") == "query-status"

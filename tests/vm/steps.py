@@ -23,7 +23,9 @@ FAILURE_TIMEOUT = "5s"
 PIP = ("PIP_NO_INDEX=1", "PIP_FIND_LINKS=/mnt/lab/wheels", "PIP_DISABLE_PIP_VERSION_CHECK=1")
 
 #: Every round is reported, and one takes less than an epoch: how far a failover went back can be counted.
-GUEST = LinuxGuest(pages=256, dirty=32, pause_us=20000, report_ms=0, ip=f"{GUEST_ADDRESS}/24", memory="128M")
+GUEST = LinuxGuest(
+    pages=256, dirty=32, pause_us=20000, report_ms=0, ip=f"{GUEST_ADDRESS}/24", serve=1, memory="128M"
+)
 
 #: Not started at boot: operations.md forbids it.
 GUEST_UNIT = "[Unit]\nDescription=The guest\n[Service]\nExecStart=/usr/local/sbin/start-guest\n"

@@ -6,6 +6,10 @@ import json
 from contextlib import aclosing
 from typing import Any
 
+import trio
+
+from tests.lab.connections import COUNTER, STREAM, Progress, connected, download, increment
+
 from . import readme
 from .client import echo
 from .lab import Lab
@@ -13,6 +17,10 @@ from .steps import GUEST_ADDRESS, VM
 
 _COMMITTED = 20
 _GOES_ON = 20
+
+#: Requests of a client before its server's host is lost, and after; numbers that it downloads meanwhile.
+_AFTER = 10
+_BULK = 400_000
 
 #: Milliseconds: `longest_epoch` by default, and the shortest interval of `curlingctl watch`.
 _EPOCH = 100
@@ -90,6 +98,31 @@ async def test_the_primarys_host_loses_power_and_the_guest_goes_on_at_the_backup
     assert after.corrupt == 0
     number = await echo(lab.client, GUEST_ADDRESS)
     lab.timeline.note("client", f"{GUEST_ADDRESS} answered request {number} at the backup")
+
+
+async def test_connections_of_a_client_survive_the_loss_of_the_primarys_host(lab: Lab) -> None:
+    await lab.protected()
+    shown = await lab.committed(lab.alpha, _COMMITTED)
+    assert shown["output"] == "plug", "the hosts' kernel has it"
+    made = Progress(), Progress()
+    with trio.fail_after(300):
+        async with (
+            connected(lab.client, GUEST_ADDRESS, COUNTER) as counter,
+            connected(lab.client, GUEST_ADDRESS, STREAM) as stream,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(download, stream, _BULK, made[1])
+            number, after = 0, _AFTER
+            while after:
+                number += 1
+                assert await increment(counter, made[0]) == number, "none is lost, and none is counted twice"
+                if lab.alpha.pid is None:
+                    after -= 1
+                elif number > _AFTER and made[1].steps > _BULK // 8:
+                    await lab.lose_power(lab.alpha)
+    lab.timeline.note("client", f"counter: {made[0]}; download: {made[1]}")
+    assert min(each.longest for each in made) > 1, "both were under way when the host was lost"
+    await lab.wait_state(lab.beta, "active", "connecting", "unprotected")
 
 
 async def _watched_until_power_is_lost(lab: Lab, count: int) -> list[dict[str, Any]]:
