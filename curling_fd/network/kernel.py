@@ -53,6 +53,10 @@ _BY_KERNEL = 2  # RTPROT_KERNEL
 _NO_ADDRESS = 1  # IN6_ADDR_GEN_MODE_NONE
 
 
+#: BR_STATE_FORWARDING of linux/if_bridge.h.
+_FORWARDING = 3
+
+
 def interface(index: int) -> ifinfmsg:
     """A message about an interface."""
     message = ifinfmsg()
@@ -118,6 +122,16 @@ def set_bridge_flags(route: RouteSocket, index: int, name: str, flags: Mapping[s
     slave = [("IFLA_INFO_SLAVE_KIND", "bridge"), ("IFLA_INFO_SLAVE_DATA", {"attrs": data})]
     message["attrs"] = [("IFLA_LINKINFO", {"attrs": slave})]
     route.request(message, RTM_NEWLINK, what=f"the flags of bridge port {name}")
+
+
+def will_pass_frames(route: RouteSocket, index: int, name: str) -> bool:
+    """Whether a bridge port that is up does not pass frames yet, though somebody is behind it."""
+    answer = describe(route, index, name)
+    if not answer.get_attr("IFLA_CARRIER"):
+        return False
+    information = answer.get_attr("IFLA_LINKINFO")
+    data = information.get_attr("IFLA_INFO_SLAVE_DATA") if information is not None else None
+    return data is not None and data.get_attr("IFLA_BRPORT_STATE") != _FORWARDING
 
 
 def vlans(route: RouteSocket, index: int, name: str) -> tuple[Vlan, ...]:

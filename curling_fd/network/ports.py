@@ -11,6 +11,7 @@ A tap that is there already is used as it is, but for the bridge if it is in non
 from __future__ import annotations
 
 import errno
+import time
 
 import attrs
 from attrs import frozen
@@ -25,6 +26,11 @@ from curling_fd.network.steps import BroughtUp, Joined, Ledger, MadeTap, Pointed
 
 _TAP = 2  # IFF_TAP, as IFLA_TUN_TYPE
 _NOBODY = 0xFFFF_FFFF
+
+#: Seconds that a port is waited for. From up to forwarding it is milliseconds; with STP it is many seconds,
+#: and the guest does not wait for that.
+_FORWARDING_SECONDS = 0.3
+_FORWARDING_LOOK = 0.001
 
 
 @frozen
@@ -139,6 +145,9 @@ def open_port(route: RouteSocket, port: Port, bindings: tuple[Binding, ...], led
     bridge = _bridge_of(route, there)
     if bridge is None:
         return
+    give_up = time.monotonic() + _FORWARDING_SECONDS
+    while kernel.will_pass_frames(route, there.index, port.name) and time.monotonic() < give_up:
+        time.sleep(_FORWARDING_LOOK)
     macs = [(mac, None) for mac in port.macs] + [(known.mac, known.vlan) for known in bindings]
     vlans = kernel.vlans(route, there.index, port.name) if bridge.filters else ()
     pvid = next((vlan.first for vlan in vlans if vlan.pvid), None)

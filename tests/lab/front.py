@@ -77,9 +77,10 @@ class Front:
 
     async def _watch_port(self, host: str, *, task_status: trio.TaskStatus[None]) -> None:
         with self.client.entered():
-            # Of a bridge's port nobody gets packets of one protocol: the bridge takes them before.
-            plain = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ALL))
+            # With a protocol it would hear all interfaces until it is bound, and nothing for a moment then.
+            plain = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         plain.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 64 << 20)
+        # Of a bridge's port nobody gets packets of one protocol: the bridge takes them before.
         plain.bind((host, _ALL))
         with trio.socket.from_stdlib_socket(plain) as sock:
             task_status.started()
