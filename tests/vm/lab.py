@@ -225,7 +225,7 @@ class Lab:
 
     async def _forget(self, host: Host) -> None:
         await host.agent.run(
-            "systemctl stop curlingd.service lab-guest; pkill -KILL qemu-system; "
+            f"systemctl stop curlingd.service lab-guest; pkill -KILL qemu-system; ip link delete {TAP}; "
             "while pgrep qemu-system >/dev/null; do sleep 0.1; done; "
             "rm -rf /var/lib/curling/* /run/curling/* /run/vm; systemctl reset-failed; "
             "systemctl restart curlingd.socket",
