@@ -7,7 +7,6 @@ answered. The guest's kernel answers; what is added is the time a packet is held
 from __future__ import annotations
 
 import socket
-import struct
 import time
 from typing import Any
 
@@ -20,6 +19,7 @@ from tests.integration.stage import VM, Stage, stage
 from tests.lab.front import CARD, GUEST_ADDRESS
 from tests.lab.guests import LinuxGuest
 from tests.lab.hosts import Host
+from tests.lab.icmp import echo_reply, echo_request
 from tests.lab.roots import Executable
 from tests.lab.vm import LabVm
 
@@ -33,7 +33,7 @@ _LOST_AFTER = 1.0
 #: Seconds of rest over which the daemons' CPU time is taken.
 _REST = 10.0
 
-_ECHO_REQUEST, _ECHO_REPLY, _OURS = 8, 0, 0x4355
+_OURS = 0x4355
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "unprotected": None,
@@ -109,22 +109,11 @@ def round_trips(client: Host, count: int) -> list[float]:
         sock.settimeout(_LOST_AFTER)
         for number in range(count):
             began = time.perf_counter()
-            sock.sendto(_request(number), (GUEST_ADDRESS, 0))
+            sock.sendto(echo_request(_OURS, number), (GUEST_ADDRESS, 0))
             try:
-                while not _answers(sock.recv(2048), number):
+                while echo_reply(sock.recv(2048), _OURS) != number:
                     pass
             except TimeoutError:
                 continue
             found.append((time.perf_counter() - began) * 1000)
     return found
-
-
-def _request(number: int) -> bytes:
-    """An echo request with its checksum (RFC 792, RFC 1071)."""
-    total = (_ECHO_REQUEST << 8) + _OURS + number
-    return struct.pack(">4H", _ECHO_REQUEST << 8, ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF, _OURS, number)
-
-
-def _answers(packet: bytes, number: int) -> bool:
-    kind, _, _, owner, answered = struct.unpack_from(">BBHHH", packet, (packet[0] & 15) * 4)
-    return bool((kind, owner, answered) == (_ECHO_REPLY, _OURS, number))

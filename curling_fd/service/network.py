@@ -228,8 +228,7 @@ class VmNetwork:
         """Somebody else has one of the host's addresses: the guest runs without them."""
         assert self._network is not None
         plan = attrs.evolve(self._record.config.network.plan(), host_addresses=())
-        ledger = self._network.ledger
-        self._network = FailoverNetwork(self._record.name, plan, self._ports, ledger)
+        self._network = FailoverNetwork(self._record.name, plan, self._ports, self._network.ledger)
         try:
             await self._network.prepare(decode_learned(self._learned))
         except CurlingError as error:

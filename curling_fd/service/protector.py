@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from functools import partial
 
 import trio
@@ -47,7 +47,7 @@ from curling_fd.service.farewell import ours, say_end, withdraw
 from curling_fd.service.fence import stop_here
 from curling_fd.service.greeting import define, dial, greet
 from curling_fd.service.handover import Handover
-from curling_fd.service.network import VmNetwork, cards_of, learning
+from curling_fd.service.network import Cards, VmNetwork, cards_of, learning
 from curling_fd.service.options import Callbacks, SessionOptions, engine_options
 from curling_fd.service.output import Output
 from curling_fd.service.pass_report import PassReport
@@ -373,21 +373,20 @@ class Protector:
                 record.ram_bytes = sum(block.size for block in examined.memory)
                 async with self._greeted(examined) as link:
                     record.advance(Event.PREPARED)
-                    await self._session_on(qmp, events, examined.choice, link)
+                    await self._session_on(qmp, events, examined.choice, examined.cards, link)
 
     async def _go_on(self, estate: Estate, left: PrimaryLeft) -> None:
         """Go on with the session that the daemon before us has left."""
         try:
-            link = FrameLink(trio.socket.from_stdlib_socket(socket.socket(fileno=estate.one("link"))))
-            try:
+            sock = trio.socket.from_stdlib_socket(socket.socket(fileno=estate.one("link")))
+            with closing(FrameLink(sock)) as link:
                 async with inherit_qmp(estate.one("qmp"), left.monitor) as qmp:
                     with qmp.events() as events:
                         qmp.replay(left.events)
                         await self._output.adopt(qmp)
                         self._record.counters.inherit(left.totals)
-                        await self._session_on(qmp, events, left.choice, link, (estate, left))
-            finally:
-                link.close()
+                        cards = await cards_of(qmp)
+                        await self._session_on(qmp, events, left.choice, cards, link, (estate, left))
         finally:
             estate.close()
 
@@ -423,6 +422,7 @@ class Protector:
         qmp: QmpClient,
         events: EventStream,
         choice: Choice,
+        cards: Cards,
         link: FrameLink,
         inherited: tuple[Estate, PrimaryLeft] | None = None,
     ) -> None:
@@ -435,8 +435,7 @@ class Protector:
         else:
             record.counters = Counters(record.counters)
             await self._output.attach(qmp)
-        hold, ports = self._output.hold, (await cards_of(qmp)).ports
-        options = engine_options(config, record.host.config, hold, report.limit())
+        options = engine_options(config, record.host.config, self._output.hold, report.limit())
         async with (
             standing_still(qmp, lambda: record.paused),
             open_engine(qmp, choice, options, engine_left) as engine,
@@ -450,7 +449,7 @@ class Protector:
                 events,
                 engine,
                 link,
-                hold,
+                self._output.hold,
                 record.counters,
                 SessionOptions.of(config, record.host.config, record.generation),
                 callbacks,
@@ -462,7 +461,7 @@ class Protector:
                     session.expect_peer()
             self.session = session
             try:
-                async with learning(ports, session.note):
+                async with learning(cards.ports, session.note):
                     finish = await session.run()
                 if finish is Finish.RESTART:
                     await leave_session(record, session, engine, qmp, events, link)
