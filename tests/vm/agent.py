@@ -4,6 +4,7 @@ Both ends speak lines of JSON. From the test process:
 
     {"hello": NONCE}                            a new client: commands of the one before are killed
     {"id": N, "run": ARGV, "env": {}, "cwd": PATH, "pty": [ROWS, COLUMNS] or null}
+    {"id": N, "connect": PATH}                  to a UNIX socket; what comes out of it is "out"
     {"id": N, "input": BASE64 or null}          for its standard input; null closes it
     {"id": N, "size": [ROWS, COLUMNS]}          of its terminal
     {"id": N, "signal": NUMBER}                 to its process group
@@ -25,6 +26,7 @@ import os
 import pty
 import queue
 import signal
+import socket
 import struct
 import subprocess
 import termios
@@ -120,13 +122,41 @@ class Command:
         self._send({"id": self._number, "exit": status})
 
 
+class Connection:
+    """A connection to a UNIX socket that was asked for, in place of a command."""
+
+    def __init__(self, number: int, path: str, send: Send) -> None:
+        self._number, self._send = number, send
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(path)
+        threading.Thread(target=self._carry, daemon=True).start()
+
+    def input(self, data: bytes | None) -> None:
+        """Send `data`; None ends the connection."""
+        with contextlib.suppress(OSError):
+            self._socket.sendall(data) if data else self._socket.shutdown(socket.SHUT_RDWR)
+
+    def resize(self, size: list[int]) -> None:
+        """It has no terminal."""
+
+    def signal(self, number: int) -> None:
+        """Any signal ends it."""
+        self.input(None)
+
+    def _carry(self) -> None:
+        with contextlib.suppress(OSError), self._socket:
+            while data := self._socket.recv(_CHUNK):
+                self._send({"id": self._number, "out": base64.b64encode(data).decode()})
+        self._send({"id": self._number, "exit": 0})
+
+
 class Agent:
     """The port, and the commands of its one client."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._lock = threading.Lock()
-        self._commands: dict[int, Command] = {}
+        self._commands: dict[int, Command | Connection] = {}
         self._nonce: Any = None
 
     def serve(self) -> None:
@@ -148,8 +178,8 @@ class Agent:
     def _obey(self, request: dict[str, Any]) -> None:
         if "hello" in request:
             self._welcome(request["hello"])
-        elif "run" in request:
-            self._run(request)
+        elif "run" in request or "connect" in request:
+            self._begin(request)
         elif command := self._commands.get(request["id"]):
             if "input" in request:
                 data = request["input"]
@@ -168,7 +198,7 @@ class Agent:
         clocks = {"monotonic": time.monotonic_ns(), "realtime": time.time_ns()}
         self._send(nonce, {"hello": nonce, "boot": boot, **clocks})
 
-    def _run(self, request: dict[str, Any]) -> None:
+    def _begin(self, request: dict[str, Any]) -> None:
         number, nonce = request["id"], self._nonce
 
         def send(message: dict[str, Any]) -> None:
@@ -176,10 +206,12 @@ class Agent:
                 self._commands.pop(number, None)
             self._send(nonce, message)
 
+        path = request.get("connect")
         try:
-            self._commands[number] = Command(number, request, send)
+            made = Connection(number, path, send) if path else Command(number, request, send)
+            self._commands[number] = made
         except OSError as error:
-            words = f"{request['run'][0]}: {error.strerror}\n".encode()
+            words = f"{path or request['run'][0]}: {error.strerror}\n".encode()
             self._send(nonce, {"id": number, "err": base64.b64encode(words).decode()})
             self._send(nonce, {"id": number, "exit": 127})
 

@@ -126,14 +126,24 @@ class Agent:
     ) -> AsyncIterator[Running]:
         """Run a command, a shell's if it is one string, for the length of a block; its end kills it."""
         argv = ["/bin/bash", "-c", command] if isinstance(command, str) else list(command)
+        async with self._begin({"run": argv, "env": dict(env or {}), "cwd": cwd, "pty": pty}) as running:
+            yield running
+
+    @asynccontextmanager
+    async def connect(self, path: str) -> AsyncIterator[Running]:
+        """Connect to a UNIX socket in the host for the length of a block; what it says is the output."""
+        async with self._begin({"connect": path}) as running:
+            yield running
+
+    @asynccontextmanager
+    async def _begin(self, request: dict[str, Any]) -> AsyncIterator[Running]:
         sink, source = trio.open_memory_channel[dict[str, Any]](math.inf)
         running = Running(next(self._numbers), self, sink, source)
         self._running[running.number] = running
-        request = {"id": running.number, "run": argv, "env": dict(env or {}), "cwd": cwd, "pty": pty}
         try:
             if self.lost.is_set():
                 raise HostLost
-            await self.send(request)
+            await self.send({"id": running.number, **request})
             yield running
         finally:
             self._running.pop(running.number, None)

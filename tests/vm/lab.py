@@ -13,11 +13,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
-import json
 import os
 import shlex
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from tests.lab.debs import run
 
 from . import readme
 from .cables import Cables, switch
+from .calls import call, follow
 from .control import Agent
 from .host import Host
 from .image import PLAIN, Variant, image
@@ -153,19 +153,16 @@ class Lab:
         return done.stdout
 
     async def show(self, host: Host, vm: str = VM) -> dict[str, Any]:
-        """What `curlingctl show --json` says of a VM."""
-        done = await host.agent.run(["curlingctl", "--json", "show", vm])
-        return dict(json.loads(done.stdout)["vm"])
+        """What curlingd says of a VM."""
+        return dict((await call(host.agent, "Show", {"name": vm}))["vm"])
 
     async def committed(self, host: Host, count: int, *, within: float = 180) -> dict[str, Any]:
         """Wait until the running session has committed `count` checkpoints; what `show` says then."""
-        watch = ["curlingctl", "--json", "watch", VM, "--interval", "200ms"]
         with trio.move_on_after(within):
-            async with host.agent.start(watch) as running, aclosing(running.lines()) as lines:
-                async for line in lines:
-                    (vm,) = json.loads(line)["vms"]
+            async with aclosing(self._watch(host)) as shown:
+                async for vm in shown:
                     if vm["state"] in ("protected", "standby") and vm["statistics"]["committed"] >= count:
-                        return dict(vm)
+                        return vm
         raise TimeoutError(
             f"{VM} on {host.name} has not committed {count} checkpoints: {await self.show(host)}"
         )
@@ -173,17 +170,23 @@ class Lab:
     async def wait_state(self, host: Host, *states: str, within: float = 120) -> dict[str, Any]:
         """Wait until the VM is in one of `states` on a host; what `show` says then."""
         seen = ""
-        watch = ["curlingctl", "--json", "watch", VM, "--interval", "200ms"]
         with trio.move_on_after(within):
-            async with host.agent.start(watch) as running, aclosing(running.lines()) as lines:
-                async for line in lines:
-                    (vm,) = json.loads(line)["vms"]
+            async with aclosing(self._watch(host)) as shown:
+                async for vm in shown:
                     if vm["state"] != seen:
                         seen = vm["state"]
                         self.timeline.note("test", f"{VM} on {host.name} is {seen}: {vm['reason']}")
                     if seen in states:
-                        return dict(vm)
+                        return vm
         raise TimeoutError(f"{VM} on {host.name} is {seen}, not {' or '.join(states)}, after {within} s")
+
+    async def _watch(self, host: Host) -> AsyncGenerator[dict[str, Any], None]:
+        """What curlingd says of the VM, five times a second, over restarts of curlingd."""
+        while True:
+            async with aclosing(follow(host.agent, "Watch", {"name": VM, "interval_ms": 200})) as answers:
+                async for answer in answers:
+                    (vm,) = answer["vms"]
+                    yield vm
 
     # What a test starts from. Each does only what is not so already.
 
@@ -191,7 +194,7 @@ class Lab:
         """Both hosts on, their daemons running, and a guest on alpha that runs unprotected, or protected."""
         await self.power_on(*[host for host in self.hosts if host.pid is None])
         await self.on_each(self.enable)
-        if VM not in {vm["name"] for vm in await self._vms(self.alpha) if vm["role"] == "primary"}:
+        if (await self.show(self.alpha))["role"] != "primary":
             active = await self.alpha.agent.run("systemctl is-active lab-guest", check=False)
             if active.status:
                 await self.start_guest(self.alpha)
@@ -199,7 +202,7 @@ class Lab:
     async def protected(self) -> None:
         """The guest runs on alpha, protected to beta; made anew if it is not so."""
         if all(host.pid for host in self.hosts):
-            states = [await self._state(host) for host in self.hosts]
+            states = [(await self.show(host))["state"] for host in self.hosts]
             if states == ["protected", "standby"]:
                 return
             guest = await self.alpha.agent.run("systemctl is-active lab-guest", check=False)
@@ -230,14 +233,6 @@ class Lab:
             "rm -rf /var/lib/curling/* /run/curling/* /run/vm; systemctl reset-failed; "
             "systemctl restart curlingd.socket",
         )
-
-    async def _vms(self, host: Host) -> list[dict[str, Any]]:
-        done = await host.agent.run("curlingctl --json list")
-        return list(json.loads(done.stdout)["vms"])
-
-    async def _state(self, host: Host) -> str:
-        done = await host.agent.run(f"curlingctl --json show {VM}", check=False)
-        return "" if done.status else str(json.loads(done.stdout)["vm"]["state"])
 
     # One host.
 

@@ -20,29 +20,42 @@ async def findings(lab: Lab, host: Host) -> dict[str, dict[str, Any]]:
     return found
 
 
-async def failures(lab: Lab, host: Host) -> set[str]:
+async def on_both(lab: Lab) -> list[dict[str, dict[str, Any]]]:
+    """The findings on alpha and on beta."""
+    found = {}
+
+    async def ask(host: Host) -> None:
+        found[host.name] = await findings(lab, host)
+
+    await lab.on_each(ask)
+    return [found[host.name] for host in lab.hosts]
+
+
+async def failures(lab: Lab) -> list[set[str]]:
     """The checks that failed. A warning there may be: a lab host's clock is set to a second, by its start."""
-    return {name for name, found in (await findings(lab, host)).items() if found["status"] == "failed"}
+    return [
+        {name for name, check in found.items() if check["status"] == "failed"} for found in await on_both(lab)
+    ]
 
 
 async def test_a_host_without_kvm_with_a_full_run_and_a_clock_years_off_is_named_on_both(lab: Lab) -> None:
     await lab.afresh()
     beta = lab.beta.agent
-    assert [await failures(lab, host) for host in lab.hosts] == [set(), set()]
+    assert await failures(lab) == [set(), set()]
     await beta.run("modprobe --remove kvm_amd kvm && test ! -e /dev/kvm")
     await beta.run(
         "dd if=/dev/zero of=/run/full bs=64k 2>/dev/null; test $(stat -fc %a /run) -lt 16", check=True
     )
     await beta.run("date --set='+3 years'")
     try:
-        here, there = await findings(lab, lab.alpha), await findings(lab, lab.beta)
+        here, there = await on_both(lab)
     finally:
         await beta.run("date --set='-3 years'; rm -f /run/full; modprobe kvm_amd")
     assert "kvm" in there
     assert "kvm on beta" in here
     assert there["runtime directory"]["status"] == here["runtime directory on beta"]["status"] == "failed"
     assert here["clocks"]["status"] == there["clocks"]["status"] == "failed"
-    assert [await failures(lab, host) for host in lab.hosts] == [set(), set()]
+    assert await failures(lab) == [set(), set()]
 
 
 async def test_a_peers_port_that_something_else_has_is_named_on_both_hosts(lab: Lab) -> None:

@@ -11,6 +11,7 @@ import trio
 from tests.lab.connections import COUNTER, STREAM, Progress, connected, download, increment
 
 from . import readme
+from .calls import follow
 from .client import echo
 from .lab import Lab
 from .steps import GUEST_ADDRESS, VM
@@ -128,12 +129,10 @@ async def test_connections_of_a_client_survive_the_loss_of_the_primarys_host(lab
 async def _watched_until_power_is_lost(lab: Lab, count: int) -> list[dict[str, Any]]:
     """Take alpha's power when it has committed `count` more checkpoints; what it said of the VM before."""
     told: list[dict[str, Any]] = []
-    watch = ["curlingctl", "--json", "watch", VM, "--interval", f"{_INTERVAL}ms"]
-    async with lab.alpha.agent.start(watch) as running:
-        async with aclosing(running.lines()) as lines:
-            async for line in lines:
-                told += json.loads(line)["vms"]
-                if told[-1]["statistics"]["committed"] >= told[0]["statistics"]["committed"] + count:
-                    break
+    async with aclosing(follow(lab.alpha.agent, "Watch", {"name": VM, "interval_ms": _INTERVAL})) as answers:
+        async for answer in answers:
+            told += answer["vms"]
+            if told[-1]["statistics"]["committed"] >= told[0]["statistics"]["committed"] + count:
+                break
         await lab.lose_power(lab.alpha)
     return told[-20:]
