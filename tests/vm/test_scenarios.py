@@ -17,8 +17,8 @@ _ALONE = ("active", "unprotected", "connecting", "syncing", "holding")
 #: Rounds of the guest after which it surely goes on.
 _GOES_ON = 20
 
-#: Checkpoints that are several minutes' work in a lab.
-_MANY = 600
+#: Checkpoints that are minutes' work in a lab.
+_MANY = 150
 
 
 async def main_pid(host: Host) -> int:
@@ -66,7 +66,7 @@ async def protected_between(lab: Lab, primary: Host, backup: Host) -> dict[str, 
     return shown
 
 
-async def more_checkpoints(lab: Lab, host: Host, count: int = 10) -> None:
+async def more_checkpoints(lab: Lab, host: Host, count: int = 5) -> None:
     """Wait until `count` more checkpoints of the running session are committed."""
     now = (await lab.show(host))["statistics"]["committed"]
     await lab.committed(host, now + count)

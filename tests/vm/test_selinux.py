@@ -102,7 +102,7 @@ async def test_a_vm_is_protected_restarts_included_and_survives_its_host_without
     await lab.protected()
     assert await domains(lab.beta, "qemu-system") == [_VM]
     assert set(await domains(lab.alpha, "curling-guard")) == {_DAEMON}
-    await lab.committed(lab.alpha, 20)
+    await lab.committed(lab.alpha, 10)
     for host in lab.hosts:
         old = await main_pid(host)
         await host.agent.run("systemctl restart curlingd")

@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from .calls import call
 from .lab import RECORDS, Lab
 from .steps import VM, guest_command
 
 #: Seconds over which a clock is watched.
 _SPAN = 15.0
+
+#: `longest_epoch` by default: the drift is to be that of who has not said otherwise.
+_DEFAULT_EPOCH = "100ms"
 
 #: Starts the guest; see `lab.configure`.
 _SCRIPT = "/usr/local/sbin/start-guest"
@@ -53,6 +57,7 @@ async def test_the_guests_clock_loses_what_the_guest_stands_still_unless_it_is_t
     try:
         alone = await rate(lab)
         await lab.ctl(lab.alpha, "protect", VM)
+        await call(lab.alpha.agent, "Tune", {"name": VM, "longest_epoch": _DEFAULT_EPOCH})
         await lab.committed(lab.alpha, 20)
         protected = await rate(lab)
         statistics = (await lab.show(lab.alpha))["statistics"]
