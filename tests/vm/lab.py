@@ -118,8 +118,12 @@ class Lab:
         await self.script(host, readme.block("sh", "nft add table"))
 
     async def enable(self, host: Host) -> None:
-        """README's last line of the second step."""
-        await self.script(host, readme.block("sh", "systemctl enable"))
+        """README's last line of the second step; where it has been done, only what runs after a boot."""
+        enabled = await host.agent.run("systemctl is-enabled curlingd.service", check=False)
+        if enabled.status:
+            await self.script(host, readme.block("sh", "systemctl enable"))
+        else:
+            await host.agent.run("systemctl start curlingd.socket curlingd.service")
 
     async def script(self, host: Host, text: str, cwd: str = "/root") -> str:
         """Run a shell script in a host as README's reader would, up to the first failure; its output."""
@@ -212,8 +216,8 @@ class Lab:
         await self._protect()
 
     async def _protect(self) -> None:
-        self.say(f"curlingctl protect {VM}")
-        await self.ctl(self.alpha, "protect", VM)
+        self.say(f"protect {VM}")
+        await call(self.alpha.agent, "Protect", {"name": VM})
 
     async def afresh(self) -> None:
         """Whatever was: nothing protected, nothing remembered, a new guest on alpha."""

@@ -1,4 +1,6 @@
-"""Runs in a lab host, in a network name space of its own: `plug_probe.py SCENARIO`. Status 0 is a pass.
+"""Runs in a lab host: `plug_probe.py SCENARIO...`, each in a network name space of its own.
+
+Before a scenario it prints "SCENARIO begins", after it "SCENARIO ended with STATUS"; 0 is a pass.
 
 guest = this process - vnet0, vnet1 -+
 free  = this process - vnet9 --------+- br0 - wire - far        `far` hears what leaves
@@ -7,6 +9,7 @@ free  = this process - vnet9 --------+- br0 - wire - far        `far` hears what
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import difflib
 import itertools
 import json
@@ -39,6 +42,8 @@ LIMIT = 64 << 20
 #: Bytes of a numbered frame.
 FRAME = 64
 MARK = 1 << 31
+#: linux/sched.h; Python 3.12 has both.
+CLONE_NEWNET = 0x40000000
 MODULES = ("ifb", "sch_plug", "sch_ingress", "cls_matchall", "act_mirred")
 
 Scenario = Callable[["Net"], Awaitable[None]]
@@ -612,8 +617,15 @@ async def filters_that_others_add_later_survive(net: Net) -> None:
 def main() -> None:
     if sys.argv[1] == "daemon":
         trio.run(partial(daemon, *sys.argv[2:]))
-    with put_up() as net:
-        trio.run(SCENARIOS[sys.argv[1]], net)
+    for name in sys.argv[1:]:
+        print(f"{name} begins", flush=True)
+        if (pid := os.fork()) == 0:
+            assert ctypes.CDLL(None).unshare(CLONE_NEWNET) == 0
+            with put_up() as net:
+                trio.run(SCENARIOS[name], net)
+            sys.exit()
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(f"{name} ended with {status}", flush=True)
 
 
 if __name__ == "__main__":

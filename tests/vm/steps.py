@@ -27,7 +27,7 @@ LONGEST_EPOCH_MS = 1000
 
 #: Every round is reported, and one takes less than an epoch: how far a failover went back can be counted.
 GUEST = LinuxGuest(
-    pages=256, dirty=32, pause_us=50000, report_ms=0, ip=f"{GUEST_ADDRESS}/24", serve=1, memory="128M"
+    pages=128, dirty=16, pause_us=100000, report_ms=0, ip=f"{GUEST_ADDRESS}/24", serve=1, memory="128M"
 )
 
 #: Not started at boot: operations.md forbids it.
