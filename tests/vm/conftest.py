@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from .image import PLAIN, Variant
 from .lab import RECORDS, Lab, Say
 from .lab import lab as make_lab
 
@@ -19,6 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.vm)
+    # The one with hosts of its own comes last: the others share a pair.
+    items.sort(key=lambda item: item.path.name == "test_selinux.py")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -31,6 +35,32 @@ def pytest_runtest_makereport(
         lines = timeline.read_text().splitlines()[-_SHOWN_LINES:]
         report.sections.append((f"the end of {timeline}", "\n".join(lines)))
     return report
+
+
+class Labs:
+    """Makes a lab, and ends the one before: two pairs at once are too much for one machine."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._last = contextlib.ExitStack()
+
+    def __enter__(self) -> Labs:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._last.close()
+
+    def set_up(self, name: str = "lab", variant: Variant = PLAIN) -> Lab:
+        """A pair of hosts, installed and configured by README."""
+        self._last.close()
+        made = self._last.enter_context(make_lab(name, variant, self._say))
+
+        async def set_up() -> None:
+            async with made.connected():
+                await made.set_up()
+
+        trio.run(set_up)
+        return made
 
 
 @pytest.fixture(scope="session")
@@ -49,16 +79,16 @@ def say(request: pytest.FixtureRequest) -> Say:
 
 
 @pytest.fixture(scope="session")
-def standing_lab(say: Say) -> Iterator[Lab]:
+def labs(say: Say) -> Iterator[Labs]:
+    """Where labs come from, one at a time."""
+    with Labs(say) as source:
+        yield source
+
+
+@pytest.fixture(scope="session")
+def standing_lab(labs: Labs) -> Lab:
     """Two hosts, installed and configured by README; nothing of Curling runs yet."""
-    with make_lab(say=say) as made:
-
-        async def set_up() -> None:
-            async with made.connected():
-                await made.set_up()
-
-        trio.run(set_up)
-        yield made
+    return labs.set_up()
 
 
 @pytest.fixture

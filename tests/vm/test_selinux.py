@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import trio
 
 from tests.lab.bootsector import boot_sector
 
+from .conftest import Labs
 from .host import Host
 from .image import Variant
-from .lab import Lab, Say
-from .lab import lab as make_lab
+from .lab import Lab
 from .payload import ROOT
 from .steps import VM
 from .test_scenarios import main_pid, more_checkpoints, protected_between, runs_on
@@ -64,16 +61,9 @@ SELINUX = Variant(
 
 
 @pytest.fixture(scope="module")
-def standing_lab(say: Say) -> Iterator[Lab]:
+def standing_lab(labs: Labs) -> Lab:
     """Two hosts that enforce, installed and configured by README."""
-    with make_lab("selinux", SELINUX, say) as made:
-
-        async def set_up() -> None:
-            async with made.connected():
-                await made.set_up()
-
-        trio.run(set_up)
-        yield made
+    return labs.set_up("selinux", SELINUX)
 
 
 async def denials(host: Host) -> list[str]:
