@@ -56,7 +56,7 @@ async def test_the_guests_clock_loses_what_the_guest_stands_still_unless_it_is_t
     await guest_with(lab, clocksource)
     try:
         alone = await rate(lab)
-        await lab.ctl(lab.alpha, "protect", VM)
+        await call(lab.alpha.agent, "Protect", {"name": VM})
         await call(lab.alpha.agent, "Tune", {"name": VM, "longest_epoch": _DEFAULT_EPOCH})
         await lab.committed(lab.alpha, 20)
         protected = await rate(lab)
@@ -82,4 +82,4 @@ async def test_the_guests_clock_loses_what_the_guest_stands_still_unless_it_is_t
     finally:
         # For the next guest; this one is not to be found protected by other tests.
         await lab.alpha.agent.write(_SCRIPT, f"#!/bin/sh -e\n{guest_command()}", mode=0o755)
-        await lab.ctl(lab.alpha, "unprotect", VM)
+        await call(lab.alpha.agent, "Unprotect", {"name": VM})
