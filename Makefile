@@ -3,18 +3,16 @@
 #
 #   make demo                 two hosts, one dies, the VM goes on
 #   make demo QEMU=/path      the same with another QEMU, or "trixie" or "unstable": those of these releases
-#   make test                 all tests but those of the lab
-#   make lab                  the tests of two virtual hosts with systemd and KVM, half an hour
+#   make test                 all tests; those of two virtual hosts with systemd and KVM come last
 #   make test TESTS=tests/unit
 #   make bench                the measurements, into build/bench.json
 #   make lint                 style, types, layers
 
 PYTHON := .venv/bin/python
 QEMU :=
-# Not tests/vm yet: it doubles the time, and an emulated host with a guest of its own ends by itself now and then.
-TESTS := tests/unit tests/integration
+TESTS := tests/unit tests/integration tests/vm
 
-.PHONY: setup demo test lab bench lint clean
+.PHONY: setup demo test bench lint clean
 
 setup:
 	@tests/lab/setup.sh
@@ -24,9 +22,6 @@ demo: setup
 
 test: setup
 	$(PYTHON) -m pytest $(TESTS)
-
-lab: setup
-	$(PYTHON) -m pytest tests/vm
 
 bench: setup
 	$(PYTHON) -m bench $(if $(QEMU),--qemu '$(QEMU)')

@@ -472,10 +472,12 @@ class Follower:
 
     def _drop(self) -> None:
         """The replica is of no use any more."""
-        if self._kept is not None:
-            self._kept.close()
-            self._kept = None
+        if self._let_go():
             self._network.withdraw_soon()
+
+    def _let_go(self) -> bool:
+        kept, self._kept = self._kept, None
+        return kept is not None and kept.close()
 
     async def stop(self) -> None:
         """The daemon ends: leave the replica to the next, or drop it; a VM that runs here runs on."""
@@ -494,4 +496,5 @@ class Follower:
             await record.changed.park()
         if keeps and record.state is State.SUSPECT and self._kept is not None:
             leave_replica(record, self._kept, None, silent=self._silent)
-        self._drop()
+        if self._let_go():
+            await self._network.withdraw()

@@ -152,6 +152,7 @@ def leave_replica(record: VmRecord, kept: Kept, link: FrameLink | None, *, silen
         fds |= {f"mapped{index}": fd for index, fd in enumerate(images)}
         fds |= {f"small{index}": fd for index, fd in enumerate(small)}
         leave(record.name, left, fds | ({"link": link.fileno()} if link else {}))
+        kept.left = True
     finally:
         os.close(state)
 
@@ -187,6 +188,7 @@ class Kept:
         max_raw: its largest frame, in bytes.
         paused: the operator had the guest paused on the primary.
         peer_rests: the primary's daemon is being restarted, and ours was as well.
+        left: the next daemon goes on with them.
     """
 
     standby: Standby
@@ -195,10 +197,13 @@ class Kept:
     max_raw: int
     paused: bool = False
     peer_rests: bool = False
+    left: bool = False
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """Free them here; whether nobody goes on with them, nor with the taps that the standby has open."""
         self.replica.close()
         self.standby.close()
+        return not self.left
 
 
 Left = TypeVar("Left", PrimaryLeft, BackupLeft)

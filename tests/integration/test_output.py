@@ -191,6 +191,25 @@ async def test_the_network_is_told_where_a_silent_guest_is_and_its_tap_is_made(
             assert f"curling: {VM}" in run(["ip", "-d", "link", "show", TAP])
 
 
+async def test_a_tap_made_for_the_standby_outlives_a_restart_of_the_daemon(unstable_qemu: Executable) -> None:
+    vm = LabVm(qemu=unstable_qemu, guest=SERVER, extra=CARD)
+    async with stage(vm, with_front=True, managed=True) as here:
+        assert here.front is not None
+        with here.beta.entered():
+            run(["ip", "link", "delete", TAP])
+        await here.protect(5)
+        async with connected(here.front.client, GUEST_ADDRESS, COUNTER) as counter:
+            assert await increment(counter, Progress()) == 1
+            await here.backup.stop()
+            here.backup.start()
+            await here.backup.ready()
+            await here.more_checkpoints(20)
+            assert here.happened(here.backup, "taken-up") == 1
+            here.lose_alpha()
+            await here.taken_over()
+            assert await increment(counter, Progress()) == 2
+
+
 async def test_connections_of_clients_survive_the_host(unstable_qemu: Executable) -> None:
     vm = LabVm(qemu=unstable_qemu, guest=SERVER, extra=CARD)
     async with stage(vm, with_front=True) as here:

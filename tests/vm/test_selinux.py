@@ -140,7 +140,7 @@ async def test_a_qemu_that_is_confined_already_is_protected_and_switched(
         f"-qmp unix:/run/vm/{name}.qmp,server=on,wait=off"
     )
     unit = f"--unit={name} -p SELinuxContext={context} -p StandardOutput=null"
-    await lab.script(lab.alpha, f"systemd-run {unit} {qemu}")
+    await lab.script(lab.alpha, f"mkdir -p /run/vm; systemd-run {unit} {qemu}")
     pid = (await lab.alpha.agent.run(f"systemctl show --value --property=MainPID {name}")).stdout.strip()
     assert (await lab.alpha.agent.run(f"cat /proc/{pid}/attr/current")).stdout.strip("\0\n") == context
 
