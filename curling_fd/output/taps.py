@@ -12,7 +12,7 @@ from curling_fd.netlink.socket import RouteSocket
 from curling_fd.output.hold import HoldStatistics
 from curling_fd.output.placement import leftovers
 from curling_fd.output.plug import PlugHold
-from curling_fd.output.watch import Frame, OutputWatch, PortChange
+from curling_fd.output.watch import OutputWatch, PortChange
 from curling_fd.system.privileges import raised
 
 _TUN = "/dev/net/tun"
@@ -81,7 +81,7 @@ class TapHold:
         with OutputWatch(self._ports) as self._watch:
             self._watch.arm()
             try:
-                await self._watch.run(on_output=tell, on_frame=_ignore, on_change=_check)
+                await self._watch.run(on_output=tell, on_change=_check)
             finally:
                 self._watch = None
 
@@ -117,10 +117,6 @@ def _names(fdinfo: str) -> Iterator[str]:
     for line in fdinfo.splitlines():
         if line.startswith("iff:") and (name := line.removeprefix("iff:").strip()):
             yield name
-
-
-def _ignore(frame: Frame) -> None:
-    """Addresses are learned by whoever sees both directions."""
 
 
 def _check(change: PortChange) -> None:
