@@ -37,4 +37,4 @@ def standing_lab(say: Say) -> Iterator[Lab]:
 @pytest.mark.parametrize("scenario", _SCENARIOS)
 async def test_plug(lab: Lab, scenario: str) -> None:
     probe = f"unshare --net /opt/curling/bin/python {_PROBE.name} {scenario}"
-    await lab.alpha.agent.run(probe, cwd=_FOLDER, within=300)
+    await lab.alpha.agent.run(probe, cwd=_FOLDER, within=900)
