@@ -276,7 +276,8 @@ def bulk(results: dict[str, Any]) -> str:
                 "" if still is None else f"{still:.0%}",
                 "" if still is None else f"{found['mb_per_s'] / (1 - still) / alone:.0%}",
                 _number(found["checkpoints_per_s"], 0),
-                "" if still is None else f"{found['checkpoint_bytes'] / 1024:.0f}",
+                "" if still is None else _kib(found["mb_per_s"] * 1e6 / max(found["checkpoints_per_s"], 1)),
+                "" if still is None else _kib(found["checkpoint_bytes"]),
             ]
         )
     head = [
@@ -287,9 +288,14 @@ def bulk(results: dict[str, Any]) -> str:
         "guest stands still",
         "while it runs, of unprotected",
         "checkpoints/s",
-        "KiB a checkpoint",
+        "KiB sent in an epoch",
+        "KiB of a checkpoint",
     ]
     return table(head, rows)
+
+
+def _kib(size: float) -> str:
+    return f"{size / 1024:.0f}"
 
 
 def _number(value: float | None, digits: int) -> str:
