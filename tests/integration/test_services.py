@@ -48,7 +48,7 @@ async def test_ssh_http_and_redis_over_ipv4_and_ipv6_survive_the_host(
         await here.protect(5)
         # With two cards, IPv4 on the one and IPv6 on the other: the machine's time is for as many clients.
         used = (USED[macs[0]][0], USED[macs[-1]][1])
-        traffic = Traffic(wire.client, servers.servers(), used, file_bytes=8 << 20)
+        traffic = Traffic(wire.client, servers.servers(), used)
         async with trio.open_nursery() as nursery:
             await nursery.start(traffic.run)
             await asked(wire, *macs)

@@ -77,6 +77,7 @@ class ServerGuest:
         addresses: of each network card: IPv4 and IPv6, with their lengths.
     """
 
+    # The kernel has the archive in memory and lets what is unpacked have half of the rest.
     addresses: tuple[tuple[str, ...], ...]
     memory: str = "224M"
 

@@ -27,7 +27,7 @@ SSH, HTTP, REDIS = 22, 80, 6379
 #: Known to the clients as this, whatever address they take.
 HOST_NAME = "server-guest"
 
-CONTENT_BYTES = 24 << 20
+CONTENT_BYTES = 8 << 20
 
 _HERE = Path(__file__).parent
 _PROGRAMS = {

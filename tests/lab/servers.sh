@@ -12,6 +12,7 @@ echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad
 echo 1 >/proc/sys/net/ipv4/conf/all/arp_ignore
 echo 2 >/proc/sys/net/ipv4/conf/all/arp_announce
 
+[ -s /www/data ] || busybox echo "the archive was not unpacked whole: too little memory"
 busybox ip link set lo up
 for word in $(busybox cat /proc/cmdline); do
     case $word in

@@ -54,7 +54,6 @@ USUAL = Machine(GUEST, "initramfs")
 SERVERS = Machine(
     ServerGuest(
         tuple((f"{four}/24", f"{six}/64") for four, six in SERVER_ADDRESSES),
-        memory="192M",
     ),
     "servers",
     (TAP, "vnet1"),
