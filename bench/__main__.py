@@ -20,7 +20,7 @@ from typing import Any
 
 import trio
 
-from bench import network, transfer
+from bench import bulk, network, transfer
 from bench.daemons import MAX_CHECKPOINT, Curling, Failovers, idle_rate
 from bench.machine import Usage, describe, wait_quiet
 from bench.report import document, summary
@@ -94,14 +94,15 @@ async def measure_failover(qemu: Executable) -> list[dict[str, Any]]:
 
 
 async def measure_network(qemu: Executable) -> dict[str, dict[str, Any]]:
-    """Round trips through a protected guest, for each pace."""
-    found = {name: network.Trips() for name in network.VARIANTS}
+    """Round trips through a protected guest and a stream out of it, for each pace."""
+    found = {name: (network.Trips(), bulk.Flow()) for name in network.VARIANTS}
     for _ in range(_NETWORK_ROUNDS):
-        for name, trips in found.items():
+        for name, (trips, flow) in found.items():
             wait_quiet()
-            await network.once_more(qemu, name, trips)
-            say(f"round trip, {name}: {trips.row()['p50_ms']:.2f} ms")
-    return {name: trips.row() for name, trips in found.items()}
+            await network.once_more(qemu, name, trips, flow)
+            speed = flow.row()["mb_per_s"]
+            say(f"network, {name}: round trip {trips.row()['p50_ms']:.2f} ms, stream {speed:.1f} MB/s")
+    return {name: trips.row() | {"bulk": flow.row()} for name, (trips, flow) in found.items()}
 
 
 async def measure(

@@ -1,4 +1,4 @@
-"""Round trips through a protected guest, and what the daemons cost while nothing happens.
+"""Round trips through a protected guest, a stream out of it, and what the daemons cost while nothing happens.
 
 A client on a host of its own pings the guest, one request at a time: the next when the one before is
 answered. The guest's kernel answers; what is added is the time a packet is held.
@@ -13,6 +13,7 @@ from typing import Any
 import trio
 from attrs import define, field
 
+from bench import bulk
 from bench.daemons import cpu_seconds
 from bench.figures import median, percentile
 from tests.integration.stage import VM, Stage, stage
@@ -24,7 +25,7 @@ from tests.lab.roots import Executable
 from tests.lab.vm import LabVm
 
 #: Idle but for its own clock: what is measured is the network.
-GUEST = LinuxGuest(pages=64, dirty=8, pause_us=500_000, memory="128M", ip=f"{GUEST_ADDRESS}/24")
+GUEST = LinuxGuest(pages=64, dirty=8, pause_us=500_000, memory="128M", ip=f"{GUEST_ADDRESS}/24", serve=1)
 
 REQUESTS = 300
 _WARM_UP = 20
@@ -70,7 +71,7 @@ class Trips:
         }
 
 
-async def once_more(qemu: Executable, name: str, found: Trips) -> None:
+async def once_more(qemu: Executable, name: str, found: Trips, flow: bulk.Flow) -> None:
     """Measure one variant on a VM of its own, and add to what was found."""
     keys = VARIANTS[name]
     async with stage(LabVm(qemu=qemu, guest=GUEST, extra=CARD), with_front=True, **(keys or {})) as here:
@@ -79,6 +80,7 @@ async def once_more(qemu: Executable, name: str, found: Trips) -> None:
         if keys is None:
             await trio.to_thread.run_sync(round_trips, client, _WARM_UP)
             found.trips_ms += await trio.to_thread.run_sync(round_trips, client, REQUESTS)
+            await bulk.once_more(here, False, flow)
             return
         await here.protect(10)
         await trio.to_thread.run_sync(round_trips, client, _WARM_UP)
@@ -94,6 +96,7 @@ async def once_more(qemu: Executable, name: str, found: Trips) -> None:
         cpu = cpu_seconds(here.primary) + cpu_seconds(here.backup)
         await trio.sleep(_REST)
         found.idle_cpu.append((cpu_seconds(here.primary) + cpu_seconds(here.backup) - cpu) / _REST)
+        await bulk.once_more(here, True, flow)
 
 
 async def _committed(here: Stage) -> int:

@@ -258,6 +258,46 @@ def network(results: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def bulk(results: dict[str, Any]) -> str:
+    """A stream out of a protected guest."""
+    if "bulk" not in results["network"]["unprotected"]:
+        return "Not measured yet."
+    alone = results["network"]["unprotected"]["bulk"]["mb_per_s"]
+    rows = []
+    for name, row in results["network"].items():
+        found = row["bulk"]
+        still = found["still"]
+        rows.append(
+            [
+                name,
+                row["backend"] or "",
+                f"{found['mb_per_s']:.1f}",
+                f"{found['mb_per_s'] / alone:.0%}",
+                "" if still is None else f"{still:.0%}",
+                "" if still is None else f"{found['mb_per_s'] / (1 - still) / alone:.0%}",
+                _number(found["checkpoints_per_s"], 0),
+                "" if still is None else _kib(found["mb_per_s"] * 1e6 / max(found["checkpoints_per_s"], 1)),
+                "" if still is None else _kib(found["checkpoint_bytes"]),
+            ]
+        )
+    head = [
+        "pace",
+        "held by",
+        "MB/s",
+        "of unprotected",
+        "guest stands still",
+        "while it runs, of unprotected",
+        "checkpoints/s",
+        "KiB sent in an epoch",
+        "KiB of a checkpoint",
+    ]
+    return table(head, rows)
+
+
+def _kib(size: float) -> str:
+    return f"{size / 1024:.0f}"
+
+
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
@@ -284,6 +324,7 @@ def document(results: dict[str, Any]) -> str:
         "sockets": sockets,
         "failover": failover,
         "network": network,
+        "bulk": bulk,
         "daemons": daemons,
         "bounds": bounds,
         "idle": idle,

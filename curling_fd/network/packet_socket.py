@@ -10,11 +10,11 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterable
 
 from attrs import frozen
 
 from curling_fd.errors import NetlinkError
+from curling_fd.network.bpf import ARP_AND_DISCOVERY, Program, encode
 
 _ETH_P_ALL = 3
 _SOL_PACKET = 263
@@ -26,24 +26,7 @@ _ATTACH_FILTER = 26
 
 _AUXILIARY = struct.Struct("=IIIHHHH")
 _MEMBERSHIP = struct.Struct("=iHH8s")
-_INSTRUCTION = struct.Struct("=HBBI")
 _LONGEST = 2048
-
-_LOAD_HALF, _LOAD_BYTE, _IF_EQUAL, _IF_AT_LEAST, _IF_MORE, _RETURN = 0x28, 0x30, 0x15, 0x35, 0x25, 0x06
-
-ARP_AND_DISCOVERY = (
-    (_LOAD_HALF, 0, 0, 12),  # ethertype; the kernel has taken a tag out
-    (_IF_EQUAL, 6, 0, 0x0806),
-    (_IF_EQUAL, 0, 6, 0x86DD),
-    (_LOAD_BYTE, 0, 0, 20),  # next header
-    (_IF_EQUAL, 0, 4, 58),
-    (_LOAD_BYTE, 0, 0, 54),  # ICMPv6 type
-    (_IF_AT_LEAST, 0, 2, 134),
-    (_IF_MORE, 1, 0, 136),
-    (_RETURN, 0, 0, 0xFFFF),
-    (_RETURN, 0, 0, 0),
-)
-"""A program of the kernel's classic filter that lets through what `packets.parse` reads."""
 
 
 @frozen
@@ -76,7 +59,7 @@ class PacketSocket:
         try:
             self.socket.setblocking(False)
             if hear:
-                self._filter(ARP_AND_DISCOVERY)
+                attach_program(self.socket, ARP_AND_DISCOVERY)
                 self.socket.setsockopt(_SOL_PACKET, _AUXDATA, 1)
             self.socket.bind((interface, _ETH_P_ALL if hear else 0))
         except OSError as error:
@@ -134,13 +117,19 @@ class PacketSocket:
         """May be called again."""
         self.socket.close()
 
-    def _filter(self, program: Iterable[tuple[int, int, int, int]]) -> None:
-        code = b"".join(_INSTRUCTION.pack(*instruction) for instruction in program)
-        buffer = ctypes.create_string_buffer(code, len(code))
-        # struct sock_fprog: the number of instructions, and where they are.
-        where = struct.pack("HL", len(code) // _INSTRUCTION.size, ctypes.addressof(buffer))
-        self.socket.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, where)
-
     def _refused(self, error: OSError) -> NetlinkError:
         number = error.errno or errno.EIO
         return NetlinkError(self._what, number, os.strerror(number))
+
+
+def attach_program(listener: socket.socket, program: Program) -> None:
+    """Have `listener` (borrowed) take in only what `program` wants.
+
+    Raises:
+        OSError: as setsockopt(2) says.
+    """
+    code = encode(program)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    # struct sock_fprog: the number of instructions, and where they are.
+    where = struct.pack("@HP", len(program), ctypes.addressof(buffer))
+    listener.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, where)

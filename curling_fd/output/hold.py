@@ -75,6 +75,14 @@ class OutputHold(Protocol):
         """
         ...
 
+    def set_limit(self, limit: int) -> None:
+        """The guest is made to wait at `limit` bytes from now on: have room for somewhat more.
+
+        Raises:
+            OutputError: there is none.
+        """
+        ...
+
     async def drop(self) -> None:
         """Throw away what is held, and what comes until `detach`."""
         ...
@@ -117,6 +125,9 @@ class NoHold:
         pass
 
     async def let_go_stopped(self) -> None:
+        pass
+
+    def set_limit(self, limit: int) -> None:
         pass
 
     async def drop(self) -> None:

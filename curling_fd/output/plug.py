@@ -48,16 +48,13 @@ _CLOSINGS = 3
 
 
 class PlugHold:
-    """Holds what is received on `ports`, taps of one VM; an `OutputHold`.
+    """Holds what is received on `ports`, taps of one VM.
 
     Args:
         ports: names of interfaces in the name space of the thread that calls `attach`.
         limit: bytes that are held for each port; what comes on top is lost.
         vm: is told by the alias of what is put into place.
     """
-
-    name = "plug"
-    depth: int | None = 1
 
     def __init__(self, ports: Sequence[str], *, limit: int, vm: str) -> None:
         if not ports or len(set(ports)) != len(ports):
@@ -181,9 +178,14 @@ class PlugHold:
             OutputError: the kernel refused.
         """
         with self._lock:
-            self._limit = limit
+            before, self._limit = self._limit, limit
             self._encode()
-            self._command(PlugAction.LIMIT)
+            try:
+                self._command(PlugAction.LIMIT)
+            except OutputError:
+                self._limit = before
+                self._encode()
+                raise
 
     def statistics(self) -> HoldStatistics:
         """What is held now, on all ports; a port whose plug is gone counts as empty."""
@@ -193,10 +195,6 @@ class PlugHold:
             sum(each.bytes for each in found),
             sum(each.dropped for each in found),
         )
-
-    def waiting(self) -> bool:
-        """Something is held. Until a barrier is released, that includes what was sent before it."""
-        return not self._open and any(each.packets for each in self._qdiscs())
 
     def _connect(self) -> None:
         try:

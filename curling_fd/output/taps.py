@@ -12,13 +12,14 @@ from curling_fd.netlink.socket import RouteSocket
 from curling_fd.output.hold import HoldStatistics
 from curling_fd.output.placement import leftovers
 from curling_fd.output.plug import PlugHold
-from curling_fd.output.watch import Frame, OutputWatch, PortChange
+from curling_fd.output.watch import OutputWatch, PortChange
 from curling_fd.system.privileges import raised
 
 _TUN = "/dev/net/tun"
 
-#: A plug throws away what it has no room for; the session keeps the guest from ever sending so much.
-_ROOM = 8
+#: A plug throws away what it has no room for; the session keeps the guest from ever sending so much. The
+#: kernel counts bytes of a queue in 32 bits.
+_ROOM, _MOST = 8, (1 << 32) - 1
 
 
 class TapHold:
@@ -34,7 +35,7 @@ class TapHold:
 
     def __init__(self, ports: Sequence[str], *, limit: int, vm: str) -> None:
         self._ports = tuple(ports)
-        self._plug = PlugHold(ports, limit=limit * _ROOM, vm=vm)
+        self._plug = PlugHold(ports, limit=room(limit), vm=vm)
         self._watch: OutputWatch | None = None
         self._waiting = False
 
@@ -47,7 +48,9 @@ class TapHold:
             return None
         ports = [each.port for each in found[0].placements if each.port]
         hold = cls(ports or ["gone"], limit=limit, vm=vm)
-        hold._plug = PlugHold.adopt(found[0], limit=limit * _ROOM)
+        hold._plug = PlugHold.adopt(found[0], limit=room(limit))
+        with suppress(OutputError):  # a plug that somebody took away: the next barrier says so
+            hold.set_limit(limit)  # the daemon before may have been told another one
         return hold
 
     async def attach(self) -> None:
@@ -67,6 +70,9 @@ class TapHold:
     async def let_go_stopped(self) -> None:
         pass  # the kernel does not care whether the guest runs
 
+    def set_limit(self, limit: int) -> None:
+        self._plug.set_limit(room(limit))
+
     async def drop(self) -> None:
         await self._plug.drop()
 
@@ -81,7 +87,7 @@ class TapHold:
         with OutputWatch(self._ports) as self._watch:
             self._watch.arm()
             try:
-                await self._watch.run(on_output=tell, on_frame=_ignore, on_change=_check)
+                await self._watch.run(on_output=tell, on_change=_check)
             finally:
                 self._watch = None
 
@@ -90,6 +96,11 @@ class TapHold:
 
     def waiting(self) -> bool:
         return self._waiting
+
+
+def room(limit: int) -> int:
+    """Bytes that each plug has room for, so that none is full when the guest is made to wait at `limit`."""
+    return min(limit * _ROOM, _MOST)
 
 
 def taps_of(pid: int) -> dict[int, str]:
@@ -117,10 +128,6 @@ def _names(fdinfo: str) -> Iterator[str]:
     for line in fdinfo.splitlines():
         if line.startswith("iff:") and (name := line.removeprefix("iff:").strip()):
             yield name
-
-
-def _ignore(frame: Frame) -> None:
-    """Addresses are learned by whoever sees both directions."""
 
 
 def _check(change: PortChange) -> None:

@@ -1,19 +1,15 @@
 """Sees what the guest sends, when it sends it: also what is being held, and before anybody else.
 
 A packet socket on a tap is given what the kernel receives there before the plug's redirection takes it, and
-not a second time when it is let out. So it tells that output waits, once for each packet. Two for each port:
-
-    output   any packet, cut to a byte; looked at once for each epoch, then left to fill its tiny buffer,
-             after which each packet of a flood costs the kernel a comparison
-    frames   ARP and IPv6 neighbour discovery, whole, from which addresses are learned; a bounded number a
-             second
+not a second time when it is let out. So it tells that output waits. Of each packet it takes one byte, looks
+once for each epoch, and leaves the rest to fill a tiny buffer, after which each packet of a flood costs the
+kernel a comparison.
 
 Sources: packet(7); net/packet/af_packet.c and net/core/dev.c (__netif_receive_skb_core) of the kernel.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import socket
 import struct
@@ -28,40 +24,18 @@ from curling_fd.errors import NetlinkError, OutputError
 from curling_fd.netlink.links import Link, find_link, link, link_of
 from curling_fd.netlink.socket import RTM_DELLINK, RTMGRP_LINK, RouteSocket
 from curling_fd.netlink.wire import Message
-from curling_fd.output.filters import ANY, FRAME_BYTES, INSTRUCTION, NEIGHBOURS
+from curling_fd.network.bpf import ONE_BYTE
+from curling_fd.network.packet_socket import attach_program
 
 _ETH_P_ALL = 3
-_SO_ATTACH_FILTER = 26
 _SOL_PACKET = 263
-_PACKET_AUXDATA = 8
 _PACKET_IGNORE_OUTGOING = 23
-
-#: struct tpacket_auxdata of linux/if_packet.h: status, len, snaplen, mac, net, vlan tag and its ethertype.
-_AUXDATA = struct.Struct("=IIIHHHH")
-_VLAN_VALID = 1 << 4
-
-#: Frames that are handed on at a time, and seconds until the next: a guest that floods us costs no more.
-_FRAMES = 32
-_FRAMES_PAUSE = 0.1
-_FRAMES_BUFFER = 32 << 10
 
 #: More than the smallest receive buffer has room for.
 _STALE = 16
 
 #: struct ifinfomsg: the family is its first byte, the index is at 4; both behind the header.
 _FAMILY_AT, _INDEX_AT = 16, 20
-
-
-@frozen
-class Frame:
-    """An ARP packet or a neighbour discovery message of the guest, from its Ethernet header on.
-
-    `vlan` is the tag it came with, which is not in `data`: priority and number, or None.
-    """
-
-    port: str
-    data: bytes
-    vlan: int | None = None
 
 
 @frozen
@@ -88,7 +62,6 @@ class OutputWatch:
         self._links: dict[str, Link] = {}
         self._armed = trio.Event()
         self._output: list[socket.socket] = []
-        self._frames: list[socket.socket] = []
         self._netlink: list[RouteSocket] = []
         about = ", ".join(ports)
         try:
@@ -97,8 +70,7 @@ class OutputWatch:
             self._netlink += [RouteSocket()]
             for about in self._ports:
                 self._links[about] = link(self._netlink[1], about)
-                self._output.append(_listener(about, ANY, 0))
-                self._frames.append(_listener(about, NEIGHBOURS, _FRAMES_BUFFER))
+                self._output.append(_listener(about))
         except (NetlinkError, OSError) as error:
             self.close()
             words = error.words if isinstance(error, NetlinkError) else error.strerror
@@ -114,7 +86,7 @@ class OutputWatch:
 
     def close(self) -> None:
         """May be called again; not while `run` does."""
-        for listener in (*self._output, *self._frames):
+        for listener in self._output:
             listener.close()
         for route in self._netlink:
             route.close()
@@ -130,24 +102,16 @@ class OutputWatch:
         """Tell of the first packet since the last `barrier`, at once if it is there. In the event loop."""
         self._armed.set()
 
-    async def run(
-        self,
-        *,
-        on_output: Callable[[], None],
-        on_frame: Callable[[Frame], None],
-        on_change: Callable[[PortChange], None],
-    ) -> Never:
+    async def run(self, *, on_output: Callable[[], None], on_change: Callable[[PortChange], None]) -> Never:
         """Watch until cancelled.
 
         Args:
             on_output: the guest has sent something; once after each `arm`.
-            on_frame: an ARP packet or neighbour discovery message was among it.
             on_change: a port has changed.
         """
         async with trio.open_nursery() as nursery:
-            for output, frames, port in zip(self._output, self._frames, self._ports, strict=True):
+            for output in self._output:
                 nursery.start_soon(self._watch_output, output, on_output)
-                nursery.start_soon(self._watch_frames, frames, port, on_frame)
             nursery.start_soon(self._watch_ports, on_change)
             await trio.sleep_forever()
         raise AssertionError("unreachable")
@@ -161,15 +125,6 @@ class OutputWatch:
             if armed is self._armed and _take(output, socket.MSG_PEEK):
                 self._armed = trio.Event()
                 tell()
-
-    async def _watch_frames(self, frames: socket.socket, port: str, tell: Callable[[Frame], None]) -> None:
-        while True:
-            await trio.lowlevel.wait_readable(frames)
-            for _ in range(_FRAMES):
-                frame = _frame(frames, port)
-                if frame is not None:
-                    tell(frame)
-            await trio.sleep(_FRAMES_PAUSE)
 
     async def _watch_ports(self, tell: Callable[[PortChange], None]) -> None:
         events, route = self._netlink
@@ -203,19 +158,14 @@ class OutputWatch:
                 tell(PortChange(port, before, after))
 
 
-def _listener(port: str, program: bytes, room: int) -> socket.socket:
-    """A packet socket for what a port receives, with `room` bytes; the caller owns it."""
+def _listener(port: str) -> socket.socket:
+    """A packet socket for what a port receives; the caller owns it."""
     # With protocol 0 it hears nothing until it is bound.
     made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # the smallest there is
         made.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
-        made.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)
-        instructions = ctypes.create_string_buffer(program)
-        # struct sock_fprog: how many, and where.
-        count = len(program) // INSTRUCTION.size
-        found = struct.pack("@HP", count, ctypes.addressof(instructions))
-        made.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, found)
+        attach_program(made, ONE_BYTE)
         made.bind((port, _ETH_P_ALL))
     except BaseException:
         made.close()
@@ -235,20 +185,3 @@ def _take(listener: socket.socket, flags: int = 0) -> bool:
             raise
         return False
     return True
-
-
-def _frame(frames: socket.socket, port: str) -> Frame | None:
-    try:
-        data, ancillary, _, _ = frames.recvmsg(FRAME_BYTES, socket.CMSG_SPACE(_AUXDATA.size))
-    except BlockingIOError:
-        return None
-    except OSError as error:
-        if error.errno != errno.ENETDOWN:
-            raise
-        return None
-    vlan = None
-    for level, kind, value in ancillary:
-        if (level, kind) == (_SOL_PACKET, _PACKET_AUXDATA) and len(value) >= _AUXDATA.size:
-            status, *_, tag, _ = _AUXDATA.unpack_from(value)
-            vlan = tag if status & _VLAN_VALID else None
-    return Frame(port, data, vlan)

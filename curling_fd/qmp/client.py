@@ -349,8 +349,14 @@ async def _value(command: str, answer: trio.MemoryReceiveChannel[Return | Error]
 
 
 @asynccontextmanager
-async def open_qmp(path: str | os.PathLike[str]) -> AsyncIterator[QmpClient]:
+async def open_qmp(
+    path: str | os.PathLike[str], *, patience: float = GREETING_TIMEOUT
+) -> AsyncIterator[QmpClient]:
     """Connect to the monitor at the UNIX socket `path`.
+
+    Args:
+        patience: seconds until it must have greeted us. A QEMU that is just being started listens long before
+            it answers: when its devices are there.
 
     Raises:
         QmpUnreachable: nothing listens there, or we may not connect.
@@ -362,7 +368,7 @@ async def open_qmp(path: str | os.PathLike[str]) -> AsyncIterator[QmpClient]:
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         try:
-            with trio.fail_after(GREETING_TIMEOUT):
+            with trio.fail_after(patience):
                 await sock.connect(path)
         except OSError as error:
             raise QmpUnreachable(path, error.strerror or str(error)) from None
@@ -371,7 +377,7 @@ async def open_qmp(path: str | os.PathLike[str]) -> AsyncIterator[QmpClient]:
         _check_connected(sock, path)
         pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         decoder = Decoder()
-        client = QmpClient(sock, await _greeting(sock, path, decoder), pid, decoder)
+        client = QmpClient(sock, await _greeting(sock, path, decoder, patience), pid, decoder)
         async with _reading(client):
             oob = {"enable": ["oob"]} if client._out_of_band else None
             await client.execute("qmp_capabilities", oob)
@@ -414,8 +420,8 @@ def _check_connected(sock: trio.socket.SocketType, path: str) -> None:
         raise QmpBusy(path) from None
 
 
-async def _greeting(sock: trio.socket.SocketType, path: str, decoder: Decoder) -> Greeting:
-    with trio.move_on_after(GREETING_TIMEOUT):
+async def _greeting(sock: trio.socket.SocketType, path: str, decoder: Decoder, patience: float) -> Greeting:
+    with trio.move_on_after(patience):
         while True:
             try:
                 data = await sock.recv(65536)

@@ -198,7 +198,7 @@ class VmConfig:
         "failover undoes.",
     )
     output_limit: int = key(
-        Size(1 << 16, 1 << 32),
+        Size(1 << 16, 1 << 30),
         "16MiB",
         "A guest that has sent this much since its last checkpoint waits until the checkpoint is safe.",
     )

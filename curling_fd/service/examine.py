@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from curling_fd.capture.probe import Choice, choose
 from curling_fd.capture.settings import capabilities, set_capabilities
@@ -19,7 +19,7 @@ from curling_fd.errors import (
     WritableDisk,
 )
 from curling_fd.qmp.client import QmpClient
-from curling_fd.service.network import NO_CARDS, Cards, cards_of
+from curling_fd.service.network import Cards, cards_of
 from curling_fd.standby.cmdline import device_ids
 from curling_fd.vmstate.records import Block
 
@@ -35,14 +35,14 @@ class Examined:
         memory: the memory backends: names and sizes of the RAM blocks the standby maps.
         machine: the resolved machine type, such as `pc-i440fx-7.2`.
         argv: command line of the primary's QEMU.
-        cards: its network cards' taps.
+        cards: its network cards.
     """
 
     choice: Choice
     memory: tuple[Block, ...]
     machine: str
     argv: tuple[str, ...]
-    cards: Cards = NO_CARDS
+    cards: Cards = field(factory=Cards)
 
 
 async def examine(

@@ -18,7 +18,7 @@ from typing import Any
 
 import attrs
 import trio
-from attrs import frozen
+from attrs import field, frozen
 
 from curling_fd.errors import (
     AddressConflict,
@@ -36,7 +36,7 @@ from curling_fd.network.port import Port
 from curling_fd.network.ports import read_port
 from curling_fd.network.snoop import snoop
 from curling_fd.network.steps import Ledger
-from curling_fd.output.nics import parse_nics
+from curling_fd.output.nics import Nic, parse_nics
 from curling_fd.output.taps import taps_of
 from curling_fd.qmp.client import QmpClient
 from curling_fd.service.record import VmRecord, text
@@ -48,23 +48,29 @@ _LOOK = 0.2
 
 @frozen
 class Cards:
-    """The taps of a VM's network cards: what they are on this host, and QEMU's descriptors of them."""
+    """The network cards of a VM.
 
-    ports: tuple[Port, ...]
-    taps: Mapping[int, str]
+    Attributes:
+        nics: as QEMU tells of them.
+        ports: what their taps are on this host.
+        taps: QEMU's descriptors of the taps.
+        unseen: why the taps could not be looked at, if so.
+    """
 
-
-NO_CARDS = Cards((), {})
+    nics: tuple[Nic, ...] = ()
+    ports: tuple[Port, ...] = ()
+    taps: Mapping[int, str] = field(factory=dict)
+    unseen: OutputError | None = None
 
 
 async def cards_of(qmp: QmpClient) -> Cards:
     """Look at the VM behind `qmp` (borrowed)."""
     answer = await qmp.execute("human-monitor-command", {"command-line": "info network"})
+    nics = parse_nics(str(answer))
     try:
         taps = taps_of(qmp.pid)
-    except OutputError:  # then they are left alone
-        return NO_CARDS
-    nics = parse_nics(str(answer))
+    except OutputError as error:  # then they are left alone
+        return Cards(nics, unseen=error)
     macs: dict[str, list[str]] = {}
     for nic in nics:
         name = nic.tap or (taps.get(nic.fd) if nic.fd is not None else None)
@@ -75,7 +81,7 @@ async def cards_of(qmp: QmpClient) -> Cards:
         for name in sorted(set(taps.values())):
             with contextlib.suppress(NetlinkError, NetworkConflict):  # macvtap, or in another name space
                 found.append(read_port(route, name, tuple(macs.get(name, ()))))
-    return Cards(tuple(found), taps)
+    return Cards(nics, tuple(found), taps)
 
 
 def decode_taps(value: object) -> dict[int, str]:

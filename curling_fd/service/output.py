@@ -20,9 +20,10 @@ from curling_fd.errors import ArbiterError, CannotHold, OutputError, QmpDisconne
 from curling_fd.failover.states import State
 from curling_fd.output.filter import FilterHold, left_in
 from curling_fd.output.hold import NoHold, OutputHold
-from curling_fd.output.nics import Nic, parse_nics
-from curling_fd.output.taps import TapHold, taps_of
+from curling_fd.output.nics import Nic
+from curling_fd.output.taps import TapHold
 from curling_fd.qmp.client import QmpClient, open_qmp
+from curling_fd.service.network import Cards
 from curling_fd.service.record import VmRecord, text
 
 #: What is behind cards whose packets nothing of ours can hold, and why.
@@ -46,15 +47,18 @@ class Output:
         """The one that is attached."""
         return self._record.hold or NoHold()
 
-    async def attach(self, qmp: QmpClient) -> None:
+    async def attach(self, qmp: QmpClient, cards: Cards) -> None:
         """Get a hold for a session on `qmp` (borrowed). What an earlier session still holds may leave now.
+
+        Args:
+            cards: of the VM, as examination found them.
 
         Raises:
             CannotHold: some card's packets cannot be held.
             OutputError: they could not be; everything is as it was.
         """
         await self._let_out()
-        self._record.hold = await self._attached(qmp)
+        self._record.hold = await self._attached(qmp, cards)
 
     async def adopt(self, qmp: QmpClient) -> None:
         """Hold on to what a daemon before us has left at this VM."""
@@ -125,19 +129,18 @@ class Output:
             return False
         return True
 
-    async def _attached(self, qmp: QmpClient) -> OutputHold:
+    async def _attached(self, qmp: QmpClient, cards: Cards) -> OutputHold:
         wanted = self._record.config.output
         if wanted == "none":
             return NoHold()
-        answer = await qmp.execute("human-monitor-command", {"command-line": "info network"})
-        nics = [nic for nic in parse_nics(str(answer)) if nic.netdev is not None]
+        nics = [nic for nic in cards.nics if nic.netdev is not None]
         for nic in nics:
             _check(nic)
         if not nics:
             return NoHold()
         try:
             if wanted != "filter":
-                return await self._plugged(nics, qmp.pid)
+                return await self._plugged(nics, cards)
         except (OutputError, CannotHold) as error:
             if wanted == "plug":
                 raise
@@ -152,12 +155,14 @@ class Output:
                 raise
             raise CannotHold(error.nic, f"by QEMU, {error.why}; by the kernel, {text(why)}") from None
 
-    async def _plugged(self, nics: list[Nic], pid: int) -> OutputHold:
+    async def _plugged(self, nics: list[Nic], cards: Cards) -> OutputHold:
         for nic in nics:
             if nic.kind != "tap":
                 raise CannotHold(nic.name, f"it is on a {nic.kind} network, and plugs are for taps")
         config = self._record.config
-        taps = sorted(set(taps_of(pid).values()))
+        if cards.unseen is not None:
+            raise cards.unseen
+        taps = sorted(set(cards.taps.values()))
         if not taps:
             raise CannotHold(nics[0].name, "the tap of its QEMU is not in the daemon's network namespace")
         hold = TapHold(taps, limit=config.output_limit, vm=config.name)

@@ -434,7 +434,7 @@ class Protector:
             engine_left = Inherited(left.engine, estate.take())
         else:
             record.counters = Counters(record.counters)
-            await self._output.attach(qmp)
+            await self._output.attach(qmp, cards)
         options = engine_options(config, record.host.config, self._output.hold, report.limit())
         async with (
             standing_still(qmp, lambda: record.paused),

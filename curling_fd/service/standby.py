@@ -10,14 +10,14 @@ from pathlib import Path
 
 import trio
 
-from curling_fd.errors import MachineMismatch, NotEnoughMemory, QmpError, StandbyFailed
+from curling_fd.errors import MachineMismatch, NotEnoughMemory, QmpBusy, QmpError, StandbyFailed
 from curling_fd.qmp.client import open_qmp
 from curling_fd.replica.image import Replica
 from curling_fd.service.backup import STAGING
 from curling_fd.service.config import VmConfig
 from curling_fd.service.takeover import activate
 from curling_fd.standby.cmdline import RamBlock, standby_argv
-from curling_fd.standby.process import StandbyProcess
+from curling_fd.standby.process import START_TIMEOUT, StandbyProcess
 from curling_fd.system.buffers import Buffer
 from curling_fd.system.memory import available
 from curling_fd.vmstate.records import Block
@@ -236,13 +236,16 @@ def _check_machine(binary: str, machine: str) -> None:
 
 async def _check(standby: Standby, machine: str, version: tuple[int, ...]) -> None:
     try:
-        async with open_qmp(standby.qmp_path) as qmp:
+        async with open_qmp(standby.qmp_path, patience=START_TIMEOUT) as qmp:
             ours = qmp.greeting.version
             if ours[:2] < tuple(version[:2]):
                 raise MachineMismatch("QEMU version", _dotted(version), _dotted(ours))
             found = await qmp.execute("qom-get", {"path": "/machine", "property": "type"})
             if str(found).removesuffix("-machine") != machine:
                 raise MachineMismatch("machine type", machine, str(found))
+    except QmpBusy:  # with us
+        why = f"its monitor did not answer within {START_TIMEOUT:g} s"
+        raise StandbyFailed(why, standby.process.stderr_tail()) from None
     except QmpError as error:
         # A QEMU that does not like its command line opens its monitor first and says why when it ends.
         with trio.move_on_after(_LAST_WORDS):

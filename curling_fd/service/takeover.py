@@ -30,7 +30,7 @@ async def activate(qmp_path: Path, replica: Replica, *, paused: bool) -> None:
     ours, theirs = socket.socketpair()
     try:
         with trio.fail_after(LOAD_TIMEOUT):
-            async with open_qmp(qmp_path) as qmp:
+            async with open_qmp(qmp_path, patience=LOAD_TIMEOUT) as qmp:
                 with qmp.events() as events:
                     await set_capabilities(qmp, {"events": True})
                     await qmp.hand_over(_FD_NAME, theirs.fileno())

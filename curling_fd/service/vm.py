@@ -89,9 +89,13 @@ class Vm:
 
         Raises:
             ConfigError: to what they cannot be.
+            OutputError: what holds the VM's packets has no room for another output_limit; nothing is changed.
         """
         record = self.record
-        record.config = tuned(record.config, wanted)
+        config = tuned(record.config, wanted)
+        if record.hold is not None:
+            record.hold.set_limit(config.output_limit)
+        record.config = config
         if self._protector.session is not None:
             options = SessionOptions.of(record.config, record.host.config, record.generation)
             await self._protector.session.tune(options)

@@ -20,7 +20,7 @@ from curling_fd.system.process import UNKNOWN, Inherited, Process
 #: Bytes of what QEMU printed that are kept for people.
 STDERR_KEPT = 8192
 
-#: Seconds a QEMU may take to open its monitor.
+#: Seconds a QEMU may take to open its monitor, and then to answer there: its devices may need drivers loaded.
 START_TIMEOUT = 20.0
 
 _POLL_SECONDS = 0.01

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from attrs import define
 from curling_fd.qmp.client import QmpClient, open_qmp
 from tests.lab.cluster import Node, cluster, start_all
 from tests.lab.console import Console, Round
-from tests.lab.front import Front, front
+from tests.lab.front import TAP, Front, front
 from tests.lab.hosts import Host, two_hosts
 from tests.lab.manager import ServiceManager
 from tests.lab.vm import LabVm
@@ -122,6 +122,7 @@ async def stage(
     automatic: bool = True,
     managed: bool = False,
     with_front: bool = False,
+    taps: Sequence[str] = (TAP,),
     daemon: Mapping[str, Any] | None = None,
     **keys: Any,
 ) -> AsyncIterator[Stage]:
@@ -130,13 +131,13 @@ async def stage(
     Args:
         automatic: with the arbiter `file`, so that the backup takes over by itself.
         daemon: keys of curlingd.toml on both hosts.
-        with_front: there are taps, and a client that sees what the guest sends.
+        with_front: there are `taps`, and a client that sees what the guest sends.
         managed: each daemon has a service manager, which keeps descriptors for it.
         keys: of the VM's file on both hosts; `engine` and the epochs, for instance.
     """
     with ExitStack() as stack:
         alpha, beta = stack.enter_context(two_hosts())
-        wire = stack.enter_context(front((alpha, beta))) if with_front else None
+        wire = stack.enter_context(front((alpha, beta), taps)) if with_front else None
         async with cluster((alpha, beta), **(daemon or {})) as (primary, backup):
             vm.host, vm.name = alpha, VM
             async with vm:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,8 +11,6 @@ from typing import Any
 
 import pytest
 import trio
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from tests.integration.stage import VM, Stage, stage
 from tests.lab.connections import COUNTER, SINK, STREAM, Progress, connected, download, increment, upload
@@ -41,8 +40,9 @@ SERVER = LinuxGuest(pages=64, dirty=8, pause_us=20000, memory="128M", ip=f"{GUES
 #: Numbers of eight bytes, in one connection.
 BULK = 4_000_000
 
-#: How often a host is killed at a random moment; 200 for a proof: CURLING_KILLS=200 make test TESTS=...
+#: How often a host is killed at a random moment, 200 for a proof; and what the moments are drawn from.
 KILLS = int(os.environ.get("CURLING_KILLS", "5"))
+SEED = int(os.environ.get("CURLING_SEED", "1"))
 
 
 @asynccontextmanager
@@ -136,28 +136,28 @@ async def test_a_frozen_primary_that_lost_its_vm_lets_nothing_out_when_it_wakes(
         assert max(wire.numbers("alpha")) < min(wire.numbers("beta"))
 
 
-@settings(
-    max_examples=1, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True
-)
-@given(pauses=st.lists(st.integers(0, 400), min_size=KILLS, max_size=KILLS))
 async def test_whenever_a_host_is_killed_nothing_of_an_uncommitted_epoch_was_on_the_wire(
-    unstable_qemu: Executable, pauses: list[int]
+    unstable_qemu: Executable,
 ) -> None:
+    chance = random.Random(SEED)
     async with talking(unstable_qemu) as (here, wire):
         await here.protect(1)
-        assert here.front is not None
         ends = [(here.alpha, here.primary), (here.beta, here.backup)]
-        for pause in pauses:
+        for kill in range(1, KILLS + 1):
             (host, node), (other, successor) = ends
-            await wire.more(host.name, pause)
-            host.cut()
-            wire.cut(host)
-            host.kill_all()
-            sent = wire.numbers(host.name)
+            packets, alone = chance.randint(1, 400), chance.uniform(0, 0.05)
             wire.seen.clear()
+            await wire.more(host.name, packets)
+            host.cut()
+            # What is sent from here on is of no epoch that the other host has.
+            await trio.sleep(alone)
+            host.kill_all()
+            wire.cut(host)
             await successor.wait_state(VM, "active", "connecting", "unprotected", within=60)
+            # All that was on the wire has been read when what came long after it has been.
             await wire.more(other.name, 50)
-            assert max(sent, default=0) < min(wire.numbers(other.name))
+            last, first = max(wire.numbers(host.name)), min(wire.numbers(other.name))
+            assert last < first, f"kill {kill} of seed {SEED}, after {packets} packets and {alone:.4f} s"
             wire.heal(host)
             host.heal()
             assert node.process is not None
@@ -167,6 +167,7 @@ async def test_whenever_a_host_is_killed_nothing_of_an_uncommitted_epoch_was_on_
             await successor.wait_state(VM, "protected", within=60)
             in_order(wire, other.name)
             ends.reverse()
+        print(f"{KILLS} hosts killed, seed {SEED}: nothing of an uncommitted epoch was on the wire")
 
 
 async def test_the_network_is_told_where_a_silent_guest_is_and_its_tap_is_made(

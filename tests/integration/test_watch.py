@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -13,23 +12,10 @@ import trio.testing
 from attrs import define, field
 
 from curling_fd.errors import OutputError
-from curling_fd.output.watch import Frame, OutputWatch, PortChange
+from curling_fd.output.watch import OutputWatch, PortChange
 from tests.lab.debs import run
 from tests.lab.hosts import Host
-from tests.lab.tap import BROADCAST, GUEST_MAC, Tap
-
-ARP = BROADCAST + GUEST_MAC + bytes.fromhex("08060001080006040001") + GUEST_MAC + bytes(14)
-
-
-def icmpv6(kind: int) -> bytes:
-    header = struct.pack("!IHBB", 6 << 28, 32, 58, 255) + bytes(32)
-    return bytes.fromhex("3333ff000001") + GUEST_MAC + b"\x86\xdd" + header + bytes([kind]) + bytes(31)
-
-
-UDP_OVER_IPV6 = (
-    bytes.fromhex("3333ff000001") + GUEST_MAC + b"\x86\xdd" + struct.pack("!IHBB", 6 << 28, 8, 17, 9)
-)
-UDP_OVER_IPV6 += bytes(34) + bytes([135]) + bytes(7)
+from tests.lab.tap import GUEST_MAC, Tap
 
 
 @define
@@ -37,7 +23,6 @@ class Seen:
     """What a watch told."""
 
     outputs: int = 0
-    frames: list[Frame] = field(factory=list)
     changes: list[PortChange] = field(factory=list)
     _bell: trio.Event = field(factory=trio.Event)
 
@@ -49,17 +34,13 @@ class Seen:
         self.outputs += 1
         self.ring()
 
-    def on_frame(self, frame: Frame) -> None:
-        self.frames.append(frame)
-        self.ring()
-
     def on_change(self, change: PortChange) -> None:
         self.changes.append(change)
         self.ring()
 
-    async def until(self, *, outputs: int = 0, frames: int = 0, changes: int = 0) -> None:
+    async def until(self, *, outputs: int = 0, changes: int = 0) -> None:
         with trio.fail_after(20):
-            while self.outputs < outputs or len(self.frames) < frames or len(self.changes) < changes:
+            while self.outputs < outputs or len(self.changes) < changes:
                 await self._bell.wait()
 
 
@@ -72,7 +53,7 @@ async def watching(host: Host, *ports: str) -> AsyncIterator[tuple[OutputWatch, 
         async with trio.open_nursery() as nursery:
 
             async def run_it() -> None:
-                await watch.run(on_output=seen.on_output, on_frame=seen.on_frame, on_change=seen.on_change)
+                await watch.run(on_output=seen.on_output, on_change=seen.on_change)
 
             nursery.start_soon(run_it)
             yield watch, seen
@@ -136,51 +117,6 @@ async def test_what_is_sent_to_the_guest_is_no_output(lone: Host, taps: tuple[Ta
             pass
         await trio.testing.wait_all_tasks_blocked()
         assert seen.outputs == 0
-
-
-async def test_only_arp_and_neighbour_discovery_are_handed_on(lone: Host, taps: tuple[Tap, Tap]) -> None:
-    async with watching(lone, "vnet0", "vnet1") as (_, seen):
-        one, two = taps
-        one.number(1)
-        one.send(UDP_OVER_IPV6)
-        for kind in (128, 132, 133, 135, 136, 137, 138, 143):
-            one.send(icmpv6(kind))
-        two.send(ARP)
-        await seen.until(frames=5)
-        await trio.testing.wait_all_tasks_blocked()
-        by_port = {
-            port: [frame for frame in seen.frames if frame.port == port] for port in ("vnet0", "vnet1")
-        }
-        assert [frame.data[54] for frame in by_port["vnet0"]] == [133, 135, 136, 137]
-        assert by_port["vnet1"] == [Frame("vnet1", ARP)]
-        assert by_port["vnet0"][0].data == icmpv6(133)
-
-
-async def test_a_frame_with_a_vlan_tag_says_so(lone: Host, taps: tuple[Tap, Tap]) -> None:
-    async with watching(lone, "vnet0") as (_, seen):
-        taps[0].send(ARP[:12] + b"\x81\x00" + (0x2000 | 42).to_bytes(2) + ARP[12:])
-        await seen.until(frames=1)
-        assert seen.frames == [Frame("vnet0", ARP, 0x2000 | 42)]
-
-
-async def test_long_frames_are_cut(lone: Host, taps: tuple[Tap, Tap]) -> None:
-    async with watching(lone, "vnet0") as (_, seen):
-        taps[0].send(ARP + bytes(1000))
-        await seen.until(frames=1)
-        assert seen.frames[0].data == (ARP + bytes(1000))[:128]
-
-
-async def test_a_flood_of_arp_costs_a_bounded_number_of_frames(
-    lone: Host, taps: tuple[Tap, Tap], autojump_clock: trio.testing.MockClock
-) -> None:
-    async with watching(lone, "vnet0") as (_, seen):
-        started = trio.current_time()
-        for _ in range(50):
-            for _ in range(200):
-                taps[0].send(ARP)
-            await trio.sleep(0.01)
-        assert len(seen.frames) <= 33 * (1 + (trio.current_time() - started) / 0.1)
-        assert len(seen.frames) >= 32
 
 
 async def test_changes_of_a_port_are_told(lone: Host, taps: tuple[Tap, Tap]) -> None:

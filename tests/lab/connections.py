@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 import time
 from collections.abc import AsyncIterator
@@ -36,7 +37,7 @@ class Progress:
 async def connected(client: Host, address: str, port: int) -> AsyncIterator[trio.SocketStream]:
     """A connection from the name space of `client`."""
     with client.entered():
-        sock = trio.socket.socket()
+        sock = trio.socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     async with trio.SocketStream(sock) as stream:
         await sock.connect((address, port))
         yield stream

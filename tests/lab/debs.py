@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from .cache import made
@@ -33,6 +35,30 @@ def unpacked(package: str) -> Path:
             run(["dpkg-deb", "-x", str(archive), str(target)])
 
     return made(f"packages/{distribution()}/{package}", make)
+
+
+def find_library(name: str, packages: Iterable[str]) -> Path:
+    """The shared object `name` out of what `packages` depend on, the nearest first."""
+    seen: set[str] = set()
+    level = set(packages)
+    while level:
+        for package in sorted(level):
+            for path in unpacked(package).rglob(name):
+                # Through an absolute link we would be at this machine's own.
+                if path.is_file() and not (path.is_symlink() and path.readlink().is_absolute()):
+                    return path
+        seen |= level
+        level = set().union(*map(_libraries_of, level)) - seen
+    raise RuntimeError(f"{name} is in nothing that {', '.join(packages)} need")
+
+
+@cache
+def _libraries_of(package: str) -> frozenset[str]:
+    """The library packages that `package` depends on."""
+    output = _apt(["apt-cache", "depends", "--no-recommends", "--no-suggests", package])
+    names = [line.split()[-1] for line in output.splitlines() if "Depends:" in line]
+    # Libraries are called so by Debian's policy, but for this one.
+    return frozenset(name for name in names if name.startswith(("lib", "zlib1g")))
 
 
 def depended_on(package: str, prefix: str) -> str:

@@ -13,10 +13,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import json
 import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import trio
@@ -25,18 +27,26 @@ from attrs import define, field
 from .debs import run
 from .hosts import Host
 
-TAP = "vnet0"
+TAP, TAP_2 = "vnet0", "vnet1"
 CLIENT_ADDRESS = "10.88.0.1"
 GUEST_ADDRESS = "10.88.0.5"
-GUEST_MAC = "52:54:00:00:01:05"
+GUEST_MAC, GUEST_MAC_2 = "52:54:00:00:01:05", "52:54:00:00:01:06"
 
-#: QEMU's arguments for a card on the tap, without vhost.
-CARD = (
-    "-netdev",
-    f"tap,id=net0,ifname={TAP},script=no,downscript=no",
-    "-device",
-    f"virtio-net-pci,netdev=net0,mac={GUEST_MAC}",
-)
+#: The client's addresses in the networks of the guest's first and second card, which share the wires.
+CLIENT_ADDRESSES = (f"{CLIENT_ADDRESS}/24", "fd00:10:88::1/64", "10.89.0.1/24", "fd00:10:89::1/64")
+
+
+def card(tap: str, mac: str) -> tuple[str, ...]:
+    """QEMU's arguments for a card on a tap, without vhost."""
+    netdev = f"tap,id=net-{tap},ifname={tap},script=no,downscript=no"
+    return ("-netdev", netdev, "-device", f"virtio-net-pci,netdev=net-{tap},mac={mac}")
+
+
+CARD = card(TAP, GUEST_MAC)
+CARD_2 = card(TAP_2, GUEST_MAC_2)
+
+#: Nobody's.
+WRONG_MAC = "52:54:00:00:00:66"
 
 _BRIDGE, _UPLINK = "br0", "front0"
 _MAGIC = 0x3147504C52554347
@@ -105,15 +115,26 @@ class Front:
         with self.client.entered():
             run(["ip", "link", "set", host.name, "up"])
 
-    async def leads_to(self, host: str, *, within: float = 60) -> None:
+    async def leads_to(self, host: str, mac: str = GUEST_MAC, *, within: float = 60) -> None:
         """Wait until the client's bridge sends frames for the guest to `host`."""
         with trio.fail_after(within):
             while True:
                 with self.client.entered():
                     table = run(["bridge", "fdb", "show", "br", _BRIDGE])
-                if any(line.startswith(f"{GUEST_MAC} dev {host} ") for line in table.splitlines()):
+                if any(line.startswith(f"{mac} dev {host} ") for line in table.splitlines()):
                     return
                 await trio.sleep(0.01)
+
+    def neighbours(self) -> dict[str, tuple[str, str]]:
+        """MAC and state of each address that the client has in its ARP and neighbour caches."""
+        with self.client.entered():
+            entries = json.loads(run(["ip", "-j", "neighbour", "show"]))
+        return {entry["dst"]: (entry.get("lladdr", ""), entry["state"][0]) for entry in entries}
+
+    def mislead(self, address: str) -> None:
+        """Have the client know a wrong MAC for an address."""
+        with self.client.entered():
+            run(["ip", "neighbour", "replace", address, "lladdr", WRONG_MAC, "dev", _BRIDGE, "nud", "stale"])
 
     async def more(self, host: str, count: int = 1, *, within: float = 60) -> None:
         """Wait until `count` more datagrams have come from `host` than have now."""
@@ -125,7 +146,7 @@ class Front:
 
 
 @contextlib.contextmanager
-def front(hosts: Sequence[Host]) -> Iterator[Front]:
+def front(hosts: Sequence[Host], taps: Sequence[str] = (TAP,)) -> Iterator[Front]:
     """Taps, bridges and wires for `hosts`, whose own name spaces remove what is in them."""
     namespace = f"curling-{os.getpid()}-{next(_serial)}-client"
     client = Host("client", namespace, CLIENT_ADDRESS, hosts[0].directory.parent)
@@ -141,12 +162,18 @@ def front(hosts: Sequence[Host]) -> Iterator[Front]:
                 run(["ip", "link", "set", host.name, "master", _BRIDGE, "up"])
             with host.entered():
                 run(["ip", "link", "add", _BRIDGE, "type", "bridge"])
-                run(["ip", "tuntap", "add", TAP, "mode", "tap"])
-                for port in (TAP, _UPLINK):
+                for tap in taps:
+                    run(["ip", "tuntap", "add", tap, "mode", "tap"])
+                for port in (*taps, _UPLINK):
                     run(["ip", "link", "set", port, "master", _BRIDGE, "up"])
                 run(["ip", "link", "set", _BRIDGE, "up"])
         with client.entered():
-            run(["ip", "address", "add", f"{CLIENT_ADDRESS}/24", "dev", _BRIDGE])
+            for address in CLIENT_ADDRESSES:
+                nodad = ["nodad"] if ":" in address else []
+                run(["ip", "address", "add", address, "dev", _BRIDGE, *nodad])
+            for version in ("ipv4", "ipv6"):
+                # What was heard a moment ago may be wrong a moment later here.
+                (Path("/proc/sys/net") / version / f"neigh/{_BRIDGE}/locktime").write_text("0")
             run(["ip", "link", "set", _BRIDGE, "up"])
         yield Front(client)
     finally:

@@ -9,9 +9,13 @@ from attrs import frozen
 from .bootsector import boot_sector
 from .initramfs import initramfs
 from .kernel import kernel
+from .servers import Servers, servers
 
 # Each of these saves an emulated CPU a noticeable part of the boot.
 _FAST_BOOT = "quiet nokaslr no_timer_check cryptomgr.notests"
+
+# panic=0: a panicked kernel stays where it is instead of rebooting.
+_CMDLINE = f"console=ttyS0 panic=0 {_FAST_BOOT}"
 
 
 class Guest(Protocol):
@@ -61,9 +65,32 @@ class LinuxGuest:
             "serve": self.serve,
         }
         given = " ".join(f"curling.{key}={value}" for key, value in settings.items() if value is not None)
-        # panic=0: a panicked kernel stays where it is instead of rebooting.
-        cmdline = f"console=ttyS0 panic=0 {_FAST_BOOT} {given}"
+        cmdline = f"{_CMDLINE} {given}"
         return ["-kernel", str(booted.image), "-initrd", str(initramfs(booted)), "-append", cmdline]
+
+
+@frozen
+class ServerGuest:
+    """The Linux guest with real servers (see servers.py); its own program takes little of its time.
+
+    Args:
+        addresses: of each network card: IPv4 and IPv6, with their lengths.
+    """
+
+    # The kernel has the archive in memory and lets what is unpacked have half of the rest.
+    addresses: tuple[tuple[str, ...], ...]
+    memory: str = "224M"
+
+    def servers(self) -> Servers:
+        """What it boots, and the keys to it."""
+        return servers(kernel())
+
+    def arguments(self) -> list[str]:
+        """-kernel, -initrd and -append."""
+        cards = [f"curling.eth{number}={','.join(each)}" for number, each in enumerate(self.addresses)]
+        given = " ".join(["curling.pages=64 curling.dirty=8 curling.pause_us=20000", *cards])
+        archive = str(self.servers().archive)
+        return ["-kernel", str(kernel().image), "-initrd", archive, "-append", f"{_CMDLINE} {given}"]
 
 
 @frozen

@@ -24,4 +24,7 @@ for word in $(busybox cat /proc/cmdline); do
     esac
 done
 
+# The server guest's.
+[ -x /servers ] && /servers
+
 exec /guest

@@ -12,6 +12,9 @@ from .kernel import Kernel, module_files
 
 _HERE = Path(__file__).parent
 
+SOURCES = (_HERE / "guest.c", _HERE / "init.sh", Path(__file__))
+"""What goes into every archive."""
+
 _DRIVERS = {
     "virtio": ["virtio_pci", "virtio_net", "virtio_rng", "virtio_balloon"],
     "pvpanic-pci": ["pvpanic_pci"],
@@ -21,27 +24,30 @@ _DRIVERS = {
 
 def initramfs(kernel: Kernel) -> Path:
     """The uncompressed archive for `kernel`: an emulated CPU would take longer to unpack a compressed one."""
-    sources = [_HERE / "guest.c", _HERE / "init.sh", Path(__file__)]
-    key = f"initramfs/{kernel.release}-{digest(*sources)}.cpio"
+    key = f"initramfs/{kernel.release}-{digest(*SOURCES)}.cpio"
     return made(key, lambda target: _build(kernel, target))
 
 
 def _build(kernel: Kernel, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        tree = Path(folder)
-        for name in ("bin", "dev", "proc", "sys", "modules"):
-            (tree / name).mkdir()
-        (tree / "bin/busybox").write_bytes(_busybox().read_bytes())
-        (tree / "init").write_bytes((_HERE / "init.sh").read_bytes())
-        compile_static(_HERE / "guest.c", tree / "guest")
-        for program in ("bin/busybox", "init", "guest"):
-            (tree / program).chmod(0o755)
-        for group, names in _DRIVERS.items():
-            files = module_files(kernel, names)
-            for name, data in files:
-                (tree / "modules" / f"{name}.ko").write_bytes(data)
-            (tree / "modules" / group).write_text("".join(f"{name}.ko\n" for name, _ in files))
-        pack(tree, target)
+        base_tree(kernel, Path(folder))
+        pack(Path(folder), target)
+
+
+def base_tree(kernel: Kernel, tree: Path) -> None:
+    """Put everything that the guest needs to run its own program into the folder `tree`."""
+    for name in ("bin", "dev", "proc", "sys", "modules"):
+        (tree / name).mkdir()
+    (tree / "bin/busybox").write_bytes(_busybox().read_bytes())
+    (tree / "init").write_bytes((_HERE / "init.sh").read_bytes())
+    compile_static(_HERE / "guest.c", tree / "guest")
+    for program in ("bin/busybox", "init", "guest"):
+        (tree / program).chmod(0o755)
+    for group, names in _DRIVERS.items():
+        files = module_files(kernel, names)
+        for name, data in files:
+            (tree / "modules" / f"{name}.ko").write_bytes(data)
+        (tree / "modules" / group).write_text("".join(f"{name}.ko\n" for name, _ in files))
 
 
 def compile_static(source: Path, program: Path) -> None:

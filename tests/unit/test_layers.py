@@ -34,13 +34,13 @@ curling_fd.link.frames
 curling_fd.netlink
 curling_fd.netlink.wire
 curling_fd.network
+curling_fd.network.bpf
 curling_fd.network.learn
 curling_fd.network.packets
 curling_fd.network.plan
 curling_fd.network.port
 curling_fd.network.words
 curling_fd.output
-curling_fd.output.filters
 curling_fd.output.nics
 curling_fd.qmp
 curling_fd.qmp.protocol

@@ -12,7 +12,7 @@ from attrs import define
 from curling_fd.errors import NetlinkError
 from curling_fd.netlink.socket import RouteSocket
 from curling_fd.network import fdb, inject
-from curling_fd.network.packet_socket import ARP_AND_DISCOVERY
+from curling_fd.network.bpf import ARP_AND_DISCOVERY
 from curling_fd.network.packets import advertisement, gratuitous_request, parse, solicitation
 from curling_fd.network.steps import (
     KINDS,

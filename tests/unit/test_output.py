@@ -7,9 +7,13 @@ from typing import cast
 
 import pytest
 
-from curling_fd.errors import ArbiterLost, ArbiterUnavailable, OutputError, QmpUnreachable
+from curling_fd.errors import ArbiterLost, ArbiterUnavailable, CannotHold, OutputError, QmpUnreachable
 from curling_fd.failover.states import State
 from curling_fd.output.hold import NoHold
+from curling_fd.output.nics import Nic
+from curling_fd.qmp.client import QmpClient
+from curling_fd.service.config import VmConfig
+from curling_fd.service.network import Cards
 from curling_fd.service.output import Output
 from curling_fd.service.record import VmRecord
 
@@ -88,3 +92,39 @@ async def test_a_qemu_that_is_gone_holds_nothing_any_more() -> None:
     await output(vm).settle(sure=True)
     assert vm.hold is None
     assert vm.told == []
+
+
+#: What examination found is all there is to know: QEMU is not asked again.
+UNASKED = cast(QmpClient, None)
+ON_TAP = Nic("nic0", "52:54:00:11:22:33", "net0", "tap", "vnet0")
+
+
+def wanting(way: str) -> Record:
+    return Record(state=State.IDLE, hold=None, config=VmConfig(name="db1", output=way), told=[])
+
+
+@pytest.mark.parametrize("kind", ["user", "vhost-user"])
+async def test_a_card_that_nothing_can_hold_is_refused_by_name(kind: str) -> None:
+    cards = Cards((ON_TAP, Nic("nic1", "52:54:00:11:22:34", "net1", kind)))
+    with pytest.raises(CannotHold) as caught:
+        await output(wanting("auto")).attach(UNASKED, cards)
+    assert caught.value.nic == "nic1"
+
+
+@pytest.mark.parametrize("nics", [(), (Nic("nic0", "52:54:00:11:22:33", None, None),)])
+async def test_a_vm_whose_cards_are_connected_to_nothing_needs_no_hold(nics: tuple[Nic, ...]) -> None:
+    vm = wanting("auto")
+    await output(vm).attach(UNASKED, Cards(nics))
+    assert vm.hold.name == "none"
+
+
+async def test_taps_that_could_not_be_looked_at_cannot_be_plugged_and_it_says_why() -> None:
+    why = OutputError("process 7", "its taps cannot be seen: Operation not permitted")
+    with pytest.raises(OutputError) as caught:
+        await output(wanting("plug")).attach(UNASKED, Cards((ON_TAP,), unseen=why))
+    assert caught.value is why
+
+
+async def test_a_tap_in_another_name_space_cannot_be_plugged() -> None:
+    with pytest.raises(CannotHold, match="network namespace"):
+        await output(wanting("plug")).attach(UNASKED, Cards((ON_TAP,)))

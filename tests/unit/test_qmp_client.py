@@ -371,6 +371,21 @@ async def test_a_monitor_that_another_client_holds_is_said_to_be_busy(
         assert trio.current_time() == pytest.approx(GREETING_TIMEOUT, abs=0.01)
 
 
+async def test_one_who_knows_that_qemu_is_just_being_started_waits_longer(
+    nursery: trio.Nursery, tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    server = await serve(nursery, tmp_path, greeting=b"")
+
+    async def greet_late() -> None:
+        await trio.sleep(5 * GREETING_TIMEOUT)
+        await server.say(GREETING)
+
+    nursery.start_soon(greet_late)
+    async with open_qmp(server.path, patience=10 * GREETING_TIMEOUT) as qmp:
+        assert qmp.greeting.version == (11, 1, 3)
+    assert trio.current_time() == pytest.approx(5 * GREETING_TIMEOUT, abs=0.01)
+
+
 async def test_a_monitor_with_a_full_backlog_is_said_to_be_busy(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:

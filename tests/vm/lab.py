@@ -16,8 +16,9 @@ import itertools
 import os
 import shlex
 import shutil
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,24 @@ from .control import Agent
 from .host import Host
 from .image import PLAIN, Variant, image
 from .payload import ROOT, payload
-from .steps import GUEST_UNIT, PIP, TAP, VM, configuration, guest_command, installed
+from .steps import (
+    GUEST_UNIT,
+    PIP,
+    USUAL,
+    VM,
+    Machine,
+    configuration,
+    guest_command,
+    installed,
+    tap_command,
+)
 from .tidy import in_use, tidy
 from .timeline import Clocks, Timeline
 
 CLIENT_ADDRESS = "198.51.100.100"
+
+#: In the networks of the guest's first and second card, which share the wires.
+CLIENT_ADDRESSES = (f"{CLIENT_ADDRESS}/24", "fd00:198::100/64", "203.0.113.100/24", "fd00:203::100/64")
 RECORDS = ROOT / "build" / "vm"
 PORTS = ("link.alpha", "link.beta", "front.alpha", "front.beta")
 CLIENT_PORT = "front.client"
@@ -49,7 +63,7 @@ _serial = itertools.count()
 
 @define(eq=False)
 class Lab:
-    """The pair; made by `lab`. `timeline` is of the scenario that runs."""
+    """The pair; made by `lab`. `timeline` is of the scenario that runs, `machine` what runs as the VM."""
 
     alpha: Host
     beta: Host
@@ -61,6 +75,7 @@ class Lab:
     shared: Path
     records: Path
     say: Say
+    machine: Machine = USUAL
     _nursery: trio.Nursery | None = None
 
     @property
@@ -112,10 +127,14 @@ class Lab:
         """README's second step: files and firewall, and what the slowness of a lab asks for in a drop-in."""
         for path, text in configuration(0 if host is self.alpha else 1).items():
             await host.agent.write(path, text)
-        await host.agent.write("/usr/local/sbin/start-guest", f"#!/bin/sh -e\n{guest_command()}", mode=0o755)
         await host.agent.write("/etc/systemd/system/lab-guest.service", GUEST_UNIT)
+        await self._write_guest(host)
         await host.agent.run("systemctl daemon-reload")
         await self.script(host, readme.block("sh", "nft add table"))
+
+    async def _write_guest(self, host: Host) -> None:
+        command = f"#!/bin/sh -e\n{guest_command(self.machine)}"
+        await host.agent.write("/usr/local/sbin/start-guest", command, mode=0o755)
 
     async def enable(self, host: Host) -> None:
         """README's last line of the second step; where it has been done, only what runs after a boot."""
@@ -140,8 +159,9 @@ class Lab:
         """Start the guest and wait until its program runs."""
         console = host.guest_console
         seen = len(console.lines())
-        if (await host.agent.run(f"ip link show {TAP}", check=False)).status:
-            await self.script(host, readme.block("sh", "ip tuntap add"))
+        for tap in self.machine.taps:
+            if (await host.agent.run(f"ip link show {tap}", check=False)).status:
+                await self.script(host, tap_command(tap))
         await host.agent.run("systemctl start lab-guest")
         await console.wait_line("curling ready", start=seen, within=180)
         self.timeline.note("test", f"the guest runs on {host.name}")
@@ -196,6 +216,8 @@ class Lab:
 
     async def ready(self) -> None:
         """Both hosts on, their daemons running, and a guest on alpha that runs unprotected, or protected."""
+        if self.machine != USUAL:
+            return await self.afresh()
         await self.power_on(*[host for host in self.hosts if host.pid is None])
         await self.on_each(self.enable)
         if (await self.show(self.alpha))["role"] != "primary":
@@ -203,36 +225,41 @@ class Lab:
             if active.status:
                 await self.start_guest(self.alpha)
 
-    async def protected(self) -> None:
+    async def protected(self, machine: Machine = USUAL) -> None:
         """The guest runs on alpha, protected to beta; made anew if it is not so."""
-        if all(host.pid for host in self.hosts):
+        if machine == self.machine and all(host.pid for host in self.hosts):
             states = [(await self.show(host))["state"] for host in self.hosts]
             if states == ["protected", "standby"]:
                 return
             guest = await self.alpha.agent.run("systemctl is-active lab-guest", check=False)
             if states == ["idle", "idle"] and guest.status == 0:
                 return await self._protect()
-        await self.afresh()
+        await self.afresh(machine)
         await self._protect()
 
     async def _protect(self) -> None:
         self.say(f"protect {VM}")
         await call(self.alpha.agent, "Protect", {"name": VM})
 
-    async def afresh(self) -> None:
+    async def afresh(self, machine: Machine = USUAL) -> None:
         """Whatever was: nothing protected, nothing remembered, a new guest on alpha."""
         self.say("a new guest on alpha")
+        taps = sorted({*self.machine.taps, *machine.taps})
         await self.power_on(*[host for host in self.hosts if host.pid is None])
         await self.cables.heal(*PORTS, CLIENT_PORT)
-        await self.on_each(self._forget)
+        await self.on_each(partial(self._forget, taps))
+        if machine != self.machine:
+            self.machine = machine
+            await self.on_each(self.configure)
         for path in self.shared.iterdir():
             path.unlink()
         await self.on_each(self.enable)
         await self.start_guest(self.alpha)
 
-    async def _forget(self, host: Host) -> None:
+    async def _forget(self, taps: Sequence[str], host: Host) -> None:
+        delete = "".join(f"ip link delete {tap}; " for tap in taps)
         await host.agent.run(
-            f"systemctl stop curlingd.service lab-guest; pkill -KILL qemu-system; ip link delete {TAP}; "
+            f"systemctl stop curlingd.service lab-guest; pkill -KILL qemu-system; {delete}"
             "while pgrep qemu-system >/dev/null; do sleep 0.1; done; "
             "rm -rf /var/lib/curling/* /run/curling/* /run/vm; systemctl reset-failed; "
             "systemctl restart curlingd.socket",
@@ -350,7 +377,9 @@ def _lab(name: str, variant: Variant, say: Say, install: bool) -> Iterator[Lab]:
         stack.enter_context(switch(sockets, records, [*PORTS, f"{CLIENT_PORT}={client.namespace}"]))
         with client.entered():
             run(["ip", "link", "set", "lo", "up"])
-            run(["ip", "address", "add", f"{CLIENT_ADDRESS}/24", "dev", "eth0"])
+            for address in CLIENT_ADDRESSES:
+                nodad = ["nodad"] if ":" in address else []
+                run(["ip", "address", "add", address, "dev", "eth0", *nodad])
             run(["ip", "link", "set", "eth0", "up"])
         pair = [
             Host(name, number, booted, second.disk, sockets, records, shared)

@@ -2,7 +2,7 @@
 
     /mnt/lab/checkout/      of the project: README's commands are run in here; its dist/ has the wheel
     /mnt/lab/wheels/        what the wheel depends on, for the hosts' Python
-    /mnt/lab/guest/         kernel and initramfs of the guest
+    /mnt/lab/guest/         kernel and initramfs of the guest, and that of the server guest
     /mnt/lab/agent.py ...   programs of the lab
 
 Made anew in seconds when the project changes; the wheels it depends on are kept as long as pyproject.toml
@@ -24,6 +24,7 @@ from tests.lab.cache import digest, made
 from tests.lab.debs import run
 from tests.lab.initramfs import initramfs
 from tests.lab.kernel import kernel
+from tests.lab.servers import servers
 
 from .image import in_tree, tree
 
@@ -50,9 +51,15 @@ def payload() -> Payload:
     booted = kernel()
     sources = [*_project(), *(_HERE / name for name in _PROGRAMS), Path(__file__)]
     names = [str(path.relative_to(ROOT)) for path in sources]
-    archive = initramfs(booted)
-    key = digest(*names, *sources, wheels().name, booted.image.name, archive.name)
-    folder = made(f"vm/payload-{key}", lambda target: _make(target, booted.image, archive))
+    guest = {
+        "kernel": booted.image,
+        "initramfs": initramfs(booted),
+        "servers": servers(booted).archive,
+    }
+    # Each archive of the server guest has keys of its own, and a folder that is named by what made it.
+    places = [f"{path.parent.name}/{path.name}" for path in guest.values()]
+    key = digest(*names, *sources, wheels().name, *places)
+    folder = made(f"vm/payload-{key}", lambda target: _make(target, guest))
     return Payload(key, folder / "content", folder / "disk.raw")
 
 
@@ -72,7 +79,7 @@ def _project() -> list[Path]:
     return sorted(listed)
 
 
-def _make(target: Path, guest_kernel: Path, guest_initramfs: Path) -> None:
+def _make(target: Path, guest: dict[str, Path]) -> None:
     content, disk = target / "content", target / "disk.raw"
     checkout = content / "checkout"
     for path in _project():
@@ -83,8 +90,8 @@ def _make(target: Path, guest_kernel: Path, guest_initramfs: Path) -> None:
     run([*pip, "-w", str(checkout / "dist"), str(checkout)])
     shutil.copytree(wheels(), content / "wheels")
     (content / "guest").mkdir()
-    shutil.copyfile(guest_kernel, content / "guest/kernel")
-    shutil.copyfile(guest_initramfs, content / "guest/initramfs")
+    for name, path in guest.items():
+        shutil.copyfile(path, content / "guest" / name)
     for name in _PROGRAMS:
         shutil.copyfile(_HERE / name, content / name)
     # Large enough for its files and what ext4 needs itself, in whole sectors.

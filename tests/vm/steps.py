@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shlex
 
-from tests.lab.guests import LinuxGuest
+from attrs import frozen
+
+from tests.lab.guests import LinuxGuest, ServerGuest
 
 from . import readme
 from .image import Install
@@ -30,6 +32,37 @@ GUEST = LinuxGuest(
     pages=128, dirty=16, pause_us=100000, report_ms=0, ip=f"{GUEST_ADDRESS}/24", serve=1, memory="128M"
 )
 
+#: Of its two cards, by which clients reach the server guest; IPv4 and IPv6 of each.
+SERVER_ADDRESSES = ((GUEST_ADDRESS, "fd00:198::5"), ("203.0.113.5", "fd00:203::5"))
+GUEST_MACS = ("52:54:00:00:01:05", "52:54:00:00:01:06")
+
+
+@frozen
+class Machine:
+    """What runs as the VM, and in what its QEMU differs from README's.
+
+    Attributes:
+        archive: the initramfs, by its name in /mnt/lab/guest.
+        taps: of its network cards.
+        vhost: the kernel moves their packets.
+    """
+
+    guest: LinuxGuest | ServerGuest
+    archive: str
+    taps: tuple[str, ...] = (TAP,)
+    vhost: bool = False
+
+
+USUAL = Machine(GUEST, "initramfs")
+SERVERS = Machine(
+    ServerGuest(
+        tuple((f"{four}/24", f"{six}/64") for four, six in SERVER_ADDRESSES),
+    ),
+    "servers",
+    (TAP, "vnet1"),
+    vhost=True,
+)
+
 #: Not started at boot: operations.md forbids it.
 GUEST_UNIT = "[Unit]\nDescription=The guest\n[Service]\nExecStart=/usr/local/sbin/start-guest\n"
 
@@ -52,17 +85,34 @@ def configuration(column: int) -> dict[str, str]:
     }
 
 
-def guest_command() -> str:
+def tap_command(tap: str) -> str:
+    """README's commands that make the guest's tap, for one of that name."""
+    return readme.block("sh", "ip tuntap add", {TAP: tap})
+
+
+def guest_command(machine: Machine = USUAL) -> str:
     """The QEMU of the third step, with the lab's guest in it and its console where `follow` finds it."""
-    arguments = GUEST.arguments()
+    arguments = machine.guest.arguments()
     arguments[arguments.index("-kernel") + 1] = "/mnt/lab/guest/kernel"
-    arguments[arguments.index("-initrd") + 1] = "/mnt/lab/guest/initramfs"
+    arguments[arguments.index("-initrd") + 1] = f"/mnt/lab/guest/{machine.archive}"
     console = "socket,id=console,path=/run/vm/console.sock,server=on,wait=off,logfile=/run/vm/console.log"
     replace = {
-        "-m 1G": f"-m {GUEST.memory}",
+        "-m 1G": f"-m {machine.guest.memory}",
         "-vnc :1": "-display none -vga none",
         "-drive file=/srv/live.iso,media=cdrom,readonly=on": (
             f"{shlex.join(arguments)} -chardev {console} -serial chardev:console"
         ),
     }
+    vhost = ",vhost=on" if machine.vhost else ""
+    netdev, card = (
+        f"tap,id=net0,ifname={TAP},script=no,downscript=no",
+        f"virtio-net-pci,netdev=net0,mac={GUEST_MACS[0]}",
+    )
+    replace[netdev], replace[card] = f"{netdev}{vhost}", card
+    for number, tap in enumerate(machine.taps[1:], 1):
+        # Behind the first: the guest numbers its cards in this order.
+        another = f"tap,id=net{number},ifname={tap},script=no,downscript=no{vhost}"
+        replace[card] += (
+            f" -netdev {another} -device virtio-net-pci,netdev=net{number},mac={GUEST_MACS[number]}"
+        )
     return readme.block("sh", "qemu-system-x86_64 -name", replace)
