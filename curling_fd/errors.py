@@ -17,7 +17,9 @@
     |   |-- StreamError           QEMU's migration stream
     |   |-- ColoError             QEMU's checkpoint messages
     |   |-- FrameError            the link between daemons
-    |   `-- VarlinkError          the control socket
+    |   |-- VarlinkError          the control socket
+    |   `-- NbdError              a disk's connection to or from QEMU
+    |-- NbdRequestFailed          QEMU could not read or write a disk for us
     |-- PrecheckFailed            found out before the guest was touched
     |   |-- MigrationBlocked, WritableDisk, MachineMismatch, HostsDisagree, NotEnoughMemory
     |   |-- StandbyFailed, CannotDerive, EngineUnavailable, GuestNotRunning, InsecurePeer
@@ -209,6 +211,21 @@ class FrameError(RemoteProtocolError):
 @define(auto_exc=True, slots=False, str=False, eq=False)
 class VarlinkError(RemoteProtocolError):
     problem: str
+
+
+@define(auto_exc=True, slots=False, str=False, eq=False)
+class NbdError(RemoteProtocolError):
+    problem: str
+
+
+@define(auto_exc=True, slots=False, str=False, eq=False)
+class NbdRequestFailed(CurlingError):
+    """A disk's server answered `command` (READ, ...) at `offset` with `errno`, which `words` explain."""
+
+    command: str
+    offset: int
+    errno: int
+    words: str
 
 
 class PrecheckFailed(CurlingError):

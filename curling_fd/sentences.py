@@ -120,6 +120,14 @@ _WORDS: dict[type[errors.CurlingError], tuple[str, str]] = {
         "The other end of the control socket does not speak Varlink: {problem}.",
         "See that the socket is curlingd's (control_socket in curlingd.toml, --socket of curlingctl).",
     ),
+    errors.NbdError: (
+        "A disk's connection to QEMU broke the NBD protocol, or broke off: {problem}.",
+        "See whether QEMU still runs, and what it and 'journalctl -u curlingd' say about its disks.",
+    ),
+    errors.NbdRequestFailed: (
+        "A disk's server failed {command} at byte {offset}: {words} (error {errno}).",
+        "See what QEMU (or qemu-storage-daemon) and the kernel ('journalctl -k') say about the disk.",
+    ),
     # Prechecks
     errors.PrecheckFailed: (
         "A check before protection failed; the guest was not touched.",

@@ -63,6 +63,8 @@ _CODES: dict[type[CurlingError], ExitCode] = {
     errors.ColoError: ExitCode.QEMU,
     errors.FrameError: ExitCode.PEER,
     errors.VarlinkError: ExitCode.NO_DAEMON,
+    errors.NbdError: ExitCode.QEMU,
+    errors.NbdRequestFailed: ExitCode.QEMU,
     errors.PrecheckFailed: ExitCode.PRECHECK,
     errors.LinkError: ExitCode.PEER,
     errors.CaptureError: ExitCode.CAPTURE,

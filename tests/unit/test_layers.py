@@ -24,6 +24,7 @@ curling_fd.units
 curling_fd.capture
 curling_fd.capture.colo
 curling_fd.capture.probe
+curling_fd.disk
 curling_fd.failover
 curling_fd.failover.states
 curling_fd.journald
@@ -31,6 +32,10 @@ curling_fd.journald.entry
 curling_fd.journald.messages
 curling_fd.link
 curling_fd.link.frames
+curling_fd.nbd
+curling_fd.nbd.client
+curling_fd.nbd.protocol
+curling_fd.nbd.server
 curling_fd.netlink
 curling_fd.netlink.wire
 curling_fd.network
