@@ -16,6 +16,7 @@ only the client can reach.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from attrs import evolve, field, frozen
 
@@ -124,8 +125,13 @@ def negotiate(exports: Sequence[Export]) -> Steps[Session | None]:
             session, reply = negotiation.export_name(data, zeroes=not answer & Handshake.NO_ZEROES)
             yield reply
             return session
-        yield negotiation.reply(kind, data)
-        if negotiation.aborted or negotiation.chosen is not None:
+        reply = negotiation.reply(kind, data)
+        if kind == Option.ABORT:
+            with suppress(NbdError):  # the client need not wait for it
+                yield reply
+            return None
+        yield reply
+        if negotiation.chosen is not None:
             return negotiation.chosen
     raise NbdError(f"{_MOST_OPTIONS} options, and no export chosen")
 
@@ -147,7 +153,6 @@ class _Negotiation:
         self._structured = False
         self._context_of: str | None = None
         self.chosen: Session | None = None
-        self.aborted = False
 
     def export_name(self, data: bytes, *, zeroes: bool) -> tuple[Session, bytes]:
         """The end of a negotiation by EXPORT_NAME."""
@@ -163,7 +168,6 @@ class _Negotiation:
         try:
             match kind:
                 case Option.ABORT:
-                    self.aborted = True
                     replies = []
                 case Option.LIST:
                     self._no_data(data)

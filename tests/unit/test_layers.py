@@ -84,6 +84,9 @@ curling_fd.capture.recover
 curling_fd.capture.settings
 curling_fd.capture.tcg
 curling_fd.capture.whole
+curling_fd.disk.endpoint
+curling_fd.disk.intake
+curling_fd.disk.nbd_client
 curling_fd.failover.arbiter
 curling_fd.journald.sender
 curling_fd.link.pulse
