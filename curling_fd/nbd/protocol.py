@@ -27,7 +27,7 @@ Step: TypeAlias = int | bytes
 """An int: read exactly that many bytes (one or more) and send them into the generator. Bytes: write them."""
 
 Steps: TypeAlias = Generator[Step, bytes, T]
-"""A conversation in steps, ending in a T. After a step that wrote, it is sent b""; one that fails is thrown."""
+"""A conversation in steps, ending in a T. After a write it is sent b""; a failed step is thrown into it."""
 
 NBD_MAGIC = b"NBDMAGIC"
 OPTION_MAGIC = b"IHAVEOPT"
