@@ -45,15 +45,18 @@ _MOST_OPTIONS = 64
 
 _ALLOCATION_ID = 1
 
-_FLAGS_OF: dict[int, CommandFlag] = {
-    Command.READ: CommandFlag.DF,
-    Command.WRITE: CommandFlag.FUA,
-    Command.TRIM: CommandFlag.FUA,
-    Command.WRITE_ZEROES: CommandFlag.FUA | CommandFlag.NO_HOLE,
-    Command.BLOCK_STATUS: CommandFlag.REQ_ONE,
-    Command.FLUSH: CommandFlag(0),
+_FORBIDDEN: dict[int, int] = {
+    kind: 0xFFFF & ~int(allowed | CommandFlag.FUA)
+    for kind, allowed in {
+        Command.READ: CommandFlag.DF,
+        Command.WRITE: CommandFlag(0),
+        Command.FLUSH: CommandFlag(0),
+        Command.TRIM: CommandFlag(0),
+        Command.WRITE_ZEROES: CommandFlag.NO_HOLE,
+        Command.BLOCK_STATUS: CommandFlag.REQ_ONE,
+    }.items()
 }
-"""Which flags each command may have. FUA is let pass with any: QEMU once sent it with reads."""
+"""Flags that a request must not have; plain numbers, for every write is asked. FUA may be with any."""
 
 _CHANGES = frozenset({Command.WRITE, Command.TRIM, Command.WRITE_ZEROES})
 
@@ -268,11 +271,10 @@ def check_request(request: Request, export: Export, session: Session) -> Errno |
     kind, length = request.kind, request.length
     if kind == Command.WRITE and length > export.blocks.maximum:
         raise NbdError(f"a write of {length} bytes, where {export.blocks.maximum} are the most")
-    if kind == Command.FLUSH:
-        return Errno.EINVAL if request.flags & ~CommandFlag.FUA else None
-    allowed = _FLAGS_OF.get(kind)
-    if allowed is None or request.flags & ~(allowed | CommandFlag.FUA):
+    if request.flags & _FORBIDDEN.get(kind, 0xFFFF) or kind not in _FORBIDDEN:
         return Errno.EINVAL
+    if kind == Command.FLUSH:
+        return None
     if export.read_only and kind in _CHANGES:
         return Errno.EPERM
     if request.offset + length > export.size:
