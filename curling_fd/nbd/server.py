@@ -111,7 +111,7 @@ def negotiate(exports: Sequence[Export]) -> Steps[Session | None]:
         NbdError: the client broke the rules, or asked for an export that is not there in the one way that
             leaves no other answer.
     """
-    flags = Handshake.FIXED_NEWSTYLE | Handshake.NO_ZEROES
+    flags = int(Handshake.FIXED_NEWSTYLE | Handshake.NO_ZEROES)
     yield p.GREETING.pack(p.NBD_MAGIC, p.OPTION_MAGIC, flags)
     (answer,) = p.CLIENT_FLAGS.unpack((yield p.CLIENT_FLAGS.size))
     if answer & ~flags:

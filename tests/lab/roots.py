@@ -64,7 +64,7 @@ def qemu_binary(which: str = "system") -> Executable:
 
 
 def qemu_tool(name: str, which: str = "system") -> str:
-    """The path of one of QEMU's tools (qemu-img, qemu-io, qemu-nbd, ...): "system"'s, or that of one of SUITES."""
+    """The path of one of QEMU's tools (qemu-img, qemu-io, ...): "system"'s, or that of one of SUITES."""
     if which in SUITES:
         return str(_relocated(_tools_root(which), name))
     found = shutil.which(name)
