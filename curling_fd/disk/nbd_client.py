@@ -186,6 +186,12 @@ class NbdClient:
             pass
         self._socket.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _request(self, kind: Command, offset: int, length: int, flags: int = 0) -> Request:
         return Request(kind, flags, next(self._cookies), offset, length)
 
