@@ -83,7 +83,7 @@ class EndpointStatistics:
 
 
 class DiskEndpoint:
-    """Serves `export` on the connected socket `sock` (borrowed, in blocking mode).
+    """Serves `export` on the connected socket `sock` (borrowed, blocking; to be closed after `run`).
 
     Args:
         sink: where writes go.

@@ -105,36 +105,36 @@ async def mirrored(qemu: Executable, folder: Path) -> AsyncIterator[Mirror]:
     drive = f"if=none,id=disk0,format=raw,file={image},discard=unmap"
     device = ("-device", "virtio-blk-pci,drive=disk0")
     vm = LabVm(BootSectorGuest(), qemu=qemu, extra=("-S", "-drive", drive, *device))
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    path = folder / "mirror.sock"
-    listener.bind(str(path))
-    listener.listen()
+    ours, theirs = socket.socketpair()
     async with vm, open_qmp(vm.qmp) as qmp, trio.open_nursery() as nursery:
-        with listener, qmp.events() as events, trio.fail_after(5 * PATIENCE):
-            copy, mirror = Copy(), list[Mirror]()
+        with theirs, qmp.events() as events, trio.fail_after(5 * PATIENCE):
+            copy = Copy()
+            endpoint = DiskEndpoint(ours, Export("disk0", SIZE), copy)
+            mirror = Mirror(vm, qmp, image, copy, endpoint, events)
 
             async def serve() -> None:
-                sock, _ = await trio.to_thread.run_sync(listener.accept)
-                with sock:
-                    endpoint = DiskEndpoint(sock, Export("disk0", SIZE), copy)
-                    mirror.append(Mirror(vm, qmp, image, copy, endpoint, events))
-                    try:
-                        mirror[0].ending = await endpoint.serve()
-                    except NbdError as error:
-                        mirror[0].ending = error
+                try:
+                    mirror.ending = await endpoint.serve()
+                except NbdError as error:
+                    mirror.ending = error
+                finally:
                     endpoint.close()
-                mirror[0].ended.set()
+                    ours.close()
+                mirror.ended.set()
 
             nursery.start_soon(serve)
-            server = {"type": "unix", "path": str(path)}
+            # The socket itself is handed over: nobody else can connect, and no path needs rights.
+            await qmp.hand_over("mirror0", theirs.fileno())
+            theirs.close()
+            server = {"type": "fd", "str": "mirror0"}
             node = {"driver": "nbd", "node-name": "copy0", "server": server, "export": "disk0"}
             node["discard"] = "unmap"
             await qmp.execute("blockdev-add", node)
             job = {"job-id": "mirror0", "device": "disk0", "target": "copy0"}
             job |= {"sync": "none", "copy-mode": "write-blocking"}
             await qmp.execute("blockdev-mirror", job)
-            assert (await mirror[0].event("BLOCK_JOB_READY"))["device"] == "mirror0"
-            yield mirror[0]
+            assert (await mirror.event("BLOCK_JOB_READY"))["device"] == "mirror0"
+            yield mirror
             nursery.cancel_scope.cancel()
 
 
