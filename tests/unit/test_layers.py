@@ -25,6 +25,7 @@ curling_fd.capture
 curling_fd.capture.colo
 curling_fd.capture.probe
 curling_fd.disk
+curling_fd.disk.log
 curling_fd.failover
 curling_fd.failover.states
 curling_fd.journald
