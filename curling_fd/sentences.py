@@ -15,6 +15,7 @@ from typing import Any
 from attrs import frozen
 
 from curling_fd import errors
+from curling_fd.disk import words as disk_words
 from curling_fd.units import format_duration, format_size
 from curling_fd.varlink.protocol import SERVICE_INTERFACE, ErrorReply, split_method
 
@@ -34,6 +35,7 @@ INTERNAL_ERROR = Sentence(
 """For an exception that is none of ours: the client gets this, the journal the traceback."""
 
 _WORDS: dict[type[errors.CurlingError], tuple[str, str]] = {
+    **disk_words.WORDS,
     errors.CannotListen: (
         "This curlingd cannot listen on {address} for other hosts: {problem}.",
         "End the program that has the port ('ss -ltnp' shows it), or correct listen in curlingd.toml, and "
@@ -119,14 +121,6 @@ _WORDS: dict[type[errors.CurlingError], tuple[str, str]] = {
     errors.VarlinkError: (
         "The other end of the control socket does not speak Varlink: {problem}.",
         "See that the socket is curlingd's (control_socket in curlingd.toml, --socket of curlingctl).",
-    ),
-    errors.NbdError: (
-        "A disk's connection to QEMU broke the NBD protocol, or broke off: {problem}.",
-        "See whether QEMU still runs, and what it and 'journalctl -u curlingd' say about its disks.",
-    ),
-    errors.NbdRequestFailed: (
-        "A disk's server failed {command} at byte {offset}: {words} (error {errno}).",
-        "See what QEMU (or qemu-storage-daemon) and the kernel ('journalctl -k') say about the disk.",
     ),
     # Prechecks
     errors.PrecheckFailed: (
@@ -305,6 +299,10 @@ def sentence(error: errors.CurlingError) -> Sentence:
 def has_words(kind: type[errors.CurlingError]) -> bool:
     """Say whether `kind` has words of its own, so that a test can ask it of all."""
     return kind in _WORDS or kind in sentence.registry
+
+
+for _kind, _words in disk_words.FORMED.items():
+    sentence.register(_kind, lambda error, words=_words: Sentence(*words(error)))
 
 
 @sentence.register

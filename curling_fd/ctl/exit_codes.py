@@ -68,6 +68,7 @@ _CODES: dict[type[CurlingError], ExitCode] = {
     errors.PrecheckFailed: ExitCode.PRECHECK,
     errors.LinkError: ExitCode.PEER,
     errors.CaptureError: ExitCode.CAPTURE,
+    errors.DiskError: ExitCode.CAPTURE,
     errors.OutputError: ExitCode.CAPTURE,
     errors.ArbiterError: ExitCode.ARBITER,
     errors.NetworkError: ExitCode.FAILED,

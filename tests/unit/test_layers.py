@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parents[2] / "curling_fd"
 
 PROTOCOL = """
 curling_fd
+curling_fd.error_roots
 curling_fd.errors
 curling_fd.sentences
 curling_fd.units
@@ -25,7 +26,11 @@ curling_fd.capture
 curling_fd.capture.colo
 curling_fd.capture.probe
 curling_fd.disk
+curling_fd.disk.bitmap
+curling_fd.disk.errors
 curling_fd.disk.log
+curling_fd.disk.watch
+curling_fd.disk.words
 curling_fd.failover
 curling_fd.failover.states
 curling_fd.journald
@@ -86,7 +91,10 @@ curling_fd.capture.settings
 curling_fd.capture.tcg
 curling_fd.capture.whole
 curling_fd.disk.endpoint
+curling_fd.disk.epoch
+curling_fd.disk.holdings
 curling_fd.disk.intake
+curling_fd.disk.memory
 curling_fd.disk.nbd_client
 curling_fd.failover.arbiter
 curling_fd.journald.sender
