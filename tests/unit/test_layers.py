@@ -27,8 +27,11 @@ curling_fd.capture.colo
 curling_fd.capture.probe
 curling_fd.disk
 curling_fd.disk.bitmap
+curling_fd.disk.compare
 curling_fd.disk.errors
 curling_fd.disk.log
+curling_fd.disk.qcow2_header
+curling_fd.disk.spec
 curling_fd.disk.watch
 curling_fd.disk.words
 curling_fd.failover
@@ -93,9 +96,13 @@ curling_fd.capture.whole
 curling_fd.disk.endpoint
 curling_fd.disk.epoch
 curling_fd.disk.holdings
+curling_fd.disk.image
 curling_fd.disk.intake
+curling_fd.disk.locks
 curling_fd.disk.memory
 curling_fd.disk.nbd_client
+curling_fd.disk.precheck
+curling_fd.disk.qcow2
 curling_fd.failover.arbiter
 curling_fd.journald.sender
 curling_fd.link.pulse
@@ -129,6 +136,7 @@ curling_fd.system
 curling_fd.system.buffers
 curling_fd.system.guard
 curling_fd.system.guard_main
+curling_fd.system.holes
 curling_fd.system.memory
 curling_fd.system.nursery
 curling_fd.system.platform
