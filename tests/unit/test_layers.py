@@ -32,6 +32,7 @@ curling_fd.disk.errors
 curling_fd.disk.log
 curling_fd.disk.qcow2_header
 curling_fd.disk.spec
+curling_fd.disk.steps
 curling_fd.disk.watch
 curling_fd.disk.words
 curling_fd.failover
@@ -93,6 +94,7 @@ curling_fd.capture.recover
 curling_fd.capture.settings
 curling_fd.capture.tcg
 curling_fd.capture.whole
+curling_fd.disk.copy
 curling_fd.disk.endpoint
 curling_fd.disk.epoch
 curling_fd.disk.holdings
