@@ -64,6 +64,7 @@ def loop(tmp_path: Path) -> Iterator[Callable[[int, int], Path]]:
 
     yield loop
     for device in made:
+        run("blockdev", "--setrw", device)  # the next one of that number would be read-only too
         run("losetup", "-d", device)
 
 

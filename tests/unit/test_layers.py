@@ -30,6 +30,7 @@ curling_fd.disk.bitmap
 curling_fd.disk.compare
 curling_fd.disk.errors
 curling_fd.disk.log
+curling_fd.disk.marker
 curling_fd.disk.qcow2_header
 curling_fd.disk.spec
 curling_fd.disk.steps
@@ -94,6 +95,7 @@ curling_fd.capture.recover
 curling_fd.capture.settings
 curling_fd.capture.tcg
 curling_fd.capture.whole
+curling_fd.disk.copies
 curling_fd.disk.copy
 curling_fd.disk.endpoint
 curling_fd.disk.epoch
@@ -101,6 +103,7 @@ curling_fd.disk.holdings
 curling_fd.disk.image
 curling_fd.disk.intake
 curling_fd.disk.locks
+curling_fd.disk.markers
 curling_fd.disk.memory
 curling_fd.disk.nbd_client
 curling_fd.disk.precheck
@@ -136,6 +139,7 @@ curling_fd.standby.process
 curling_fd.standby.program
 curling_fd.system
 curling_fd.system.buffers
+curling_fd.system.files
 curling_fd.system.guard
 curling_fd.system.guard_main
 curling_fd.system.holes
