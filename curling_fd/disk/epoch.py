@@ -1,7 +1,7 @@
 """The primary's disk log: what the guest writes in the running epoch, in a memfd until a checkpoint takes it.
 
 A thread for each disk appends through a `DiskSink`. A write gets its place under the lock and its data beside
-it, straight from the socket into the memfd. `close`, at the boundary, hands over the log of the epoch and
+it, straight from the socket. `close`, at the boundary, hands over the log of the epoch and
 goes on with a fresh one; that takes microseconds, for at the boundary QEMU has drained its disks: every write
 was answered, so every place is filled.
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -58,8 +59,11 @@ HARD = 4
 class Payload(Protocol):
     """The data of one write, still in the socket."""
 
+    def read_into(self, view: memoryview, /) -> None:
+        """Read them all into `view`: the cheapest, where memory has been used before."""
+
     def splice_to(self, fd: int, offset: int, /) -> None:
-        """Move them all to `fd`, borrowed, at `offset`."""
+        """Move them all to `fd`, borrowed, at `offset`: the cheapest, where pages are still to be made."""
 
     def discard(self) -> None:
         """Read them and forget them."""
@@ -68,10 +72,11 @@ class Payload(Protocol):
 class _Segment:
     """A log that is being written. `pending` places have no data yet."""
 
-    __slots__ = ("asked", "buffer", "dropped", "pending", "tail")
+    __slots__ = ("asked", "buffer", "dropped", "pending", "tail", "warm")
 
-    def __init__(self, buffer: Buffer) -> None:
+    def __init__(self, buffer: Buffer, warm: int) -> None:
         self.buffer = buffer
+        self.warm = warm
         self.tail = 0
         self.pending = 0
         self.asked = False
@@ -141,7 +146,7 @@ class DiskLog:
             _running=running[0] if left.logging else None,
         )
         if left.logging:
-            log._running = _Segment(log._memory.take())
+            log._running = log._segment()
             log._running.tail = left.length
         return log
 
@@ -175,7 +180,7 @@ class DiskLog:
         with self._changed:
             assert self._running is None
             self.failure = None
-            self._running = _Segment(self._memory.take())
+            self._running = self._segment()
             self._gate = False
             taken = tuple(bitmap.copy() for bitmap in self._maps)
             for bitmap in self._maps:
@@ -202,7 +207,7 @@ class DiskLog:
             self._gate = False
             if not old.tail:
                 return ClosedLog(None, 0)
-            self._running = _Segment(self._memory.take())
+            self._running = self._segment()
             closed = ClosedLog(old.buffer, old.tail)
             self._held.append(closed)
             self._changed.notify_all()
@@ -220,7 +225,7 @@ class DiskLog:
             return
         with self._changed:
             self._held = [held for held in self._held if held is not closed]
-            self._memory.give_back(closed.buffer)
+            self._memory.give_back(closed.buffer, closed.length)
 
     def track(self) -> None:
         """End logging: what is not released becomes dirty, and so does what is written from now on."""
@@ -309,8 +314,13 @@ class DiskLog:
             return
         segment, at = place
         try:
-            payload.splice_to(segment.buffer.fd, at)
-        except BaseException:
+            if at + length <= segment.warm:
+                payload.read_into(segment.buffer.view[at : at + length])
+            else:
+                payload.splice_to(segment.buffer.fd, at)
+        except BaseException as error:
+            # Its frames have views of the memory, and whoever keeps the error would keep it from being freed.
+            traceback.clear_frames(error.__traceback__)
             with self._changed:
                 self._fail(DiskLogFailed("QEMU broke off in the middle of a write"))
             raise
@@ -352,6 +362,10 @@ class DiskLog:
             self.wake()
         return place
 
+    def _segment(self) -> _Segment:
+        buffer = self._memory.take()
+        return _Segment(buffer, self._memory.warm(buffer))
+
     def _place(self, kind: int, disk: int, offset: int, length: int, data: int) -> tuple[_Segment, int]:
         segment = self._require()
         at = segment.tail + RECORD_SIZE
@@ -374,7 +388,7 @@ class DiskLog:
         segment.pending -= 1
         if not segment.pending:
             if segment.dropped:
-                self._memory.give_back(segment.buffer)
+                self._memory.give_back(segment.buffer, segment.tail)
             self._changed.notify_all()
 
     def _throttle(self, segment: _Segment) -> None:
@@ -416,7 +430,7 @@ class DiskLog:
         if segment.pending:
             segment.dropped = True
         else:
-            self._memory.give_back(segment.buffer)
+            self._memory.give_back(segment.buffer, segment.tail)
 
     def statistics(self) -> DiskLogStatistics:
         """What the log holds now."""

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from curling_fd.disk.bitmap import DirtyBitmap, map_size
-from curling_fd.system.buffers import Buffer
+from curling_fd.system.buffers import PREFAULT, Buffer
 
 
 class LogMemory:
@@ -40,12 +40,13 @@ class LogMemory:
             self._buffers.append(self.map)
             while len(self._buffers) < count:
                 self._buffers.append(Buffer("curling-disk-log", capacity))
-            left = Buffer("curling-disk-log", capacity, prefault=0, fd=buffer)
-            self._buffers.append(left)
+            prefault = PREFAULT if buffer is None else 0
+            self._buffers.append(Buffer("curling-disk-log", capacity, prefault, fd=buffer))
         except BaseException:
             self.close()
             raise
         self._free = deque(self._buffers[1:])
+        self._warm = {free.fd: PREFAULT for free in self._free if free.fd != buffer}
         self.bitmaps: list[DirtyBitmap] = []
         at = 0
         for size in sizes:
@@ -61,11 +62,16 @@ class LogMemory:
         assert self._free, "more logs on their way than were agreed"
         return self._free.pop()
 
-    def give_back(self, buffer: Buffer) -> None:
-        """`buffer` is free."""
+    def warm(self, buffer: Buffer) -> int:
+        """Bytes at the beginning of `buffer` that have been used before: its pages are there."""
+        return self._warm.get(buffer.fd, 0)
+
+    def give_back(self, buffer: Buffer, used: int) -> None:
+        """`buffer` is free; its first `used` bytes were written."""
         if buffer.fd >= 0:
             assert buffer not in self._free, "given back twice"
             buffer.trim(self._keep)
+            self._warm[buffer.fd] = min(max(used, self.warm(buffer)), self._keep)
             self._free.append(buffer)
 
     def allocated(self) -> int:

@@ -16,12 +16,14 @@ import trio
 from curling_fd.disk.compare import Offer, Verdict, digest
 from curling_fd.disk.copies import Copies
 from curling_fd.disk.copy import DiskCopier, LogShipper, RateLimit
+from curling_fd.disk.endpoint import DiskEndpoint
 from curling_fd.disk.epoch import DiskLog
 from curling_fd.disk.holdings import ClosedLog
-from curling_fd.disk.log import TRIM, WRITE, ZERO, encode
+from curling_fd.disk.log import TRIM, WRITE, ZERO, encode, scan
 from curling_fd.disk.nbd_client import NbdClient
 from curling_fd.disk.spec import CopySpec
 from curling_fd.errors import CopyMissing, CopyUnfit, FrameError
+from curling_fd.nbd.server import Export
 from tests.unit.test_disk_epoch import Bytes
 from tests.unit.test_disk_image import content, make
 
@@ -176,3 +178,69 @@ async def test_a_disk_is_copied_and_followed(image_format: str, tmp_path: Path) 
             assert copy_path.stat().st_blocks * 512 < allocated + (1 << 20) + clusters, "thin stays thin"
     os.close(disk)
     log.free()
+
+
+async def test_what_a_client_writes_to_the_endpoint_is_in_the_log() -> None:
+    """Two disks at once, from the socket to the log and on to the copies, while epochs pass."""
+    log = DiskLog([SIZE, SIZE], 1 << 20, 3, "basis")
+    log.start()
+    written = [bytearray(SIZE), bytearray(SIZE)]
+    applied = [bytearray(SIZE), bytearray(SIZE)]
+
+    def write(disk: int, sock: socket.socket) -> None:
+        random = Random(disk)
+        client = NbdClient.over(sock, "disk")
+        for _ in range(60):
+            offset = random.randrange(SIZE // 512 - 1024) * 512
+            length = random.choice((512, 4096, 65536, 512 << 10))
+            data = random.randbytes(length)
+            if random.randrange(4):
+                client.write(offset, memoryview(data))
+            else:
+                data = bytes(length)
+                client.zero(offset, length)
+            written[disk][offset : offset + length] = data
+        client.close()
+
+    def take() -> None:
+        closed = log.close()
+        if closed.buffer is not None:
+            view = closed.buffer.view
+            for record in scan(view, 0, closed.length, [SIZE, SIZE]):
+                data = bytes(record.length)
+                if record.kind == WRITE:
+                    data = bytes(view[record.data : record.data + record.length])
+                applied[record.disk][record.offset : record.offset + record.length] = data
+        log.release(closed)
+
+    wanted = trio.Event()
+    token = trio.lowlevel.current_trio_token()
+    log.wake = lambda: token.run_sync_soon(lambda: wanted.set())
+    async with trio.open_nursery() as epochs:
+
+        async def keep_taking() -> None:
+            nonlocal wanted
+            while True:
+                await wanted.wait()
+                wanted = trio.Event()
+                await trio.to_thread.run_sync(take)
+
+        epochs.start_soon(keep_taking)
+        async with trio.open_nursery() as nursery:
+            for disk in range(2):
+                ours, theirs = socket.socketpair()
+                nursery.start_soon(trio.to_thread.run_sync, write, disk, theirs)
+                nursery.start_soon(trio.to_thread.run_sync, serve, ours, log, disk)
+        epochs.cancel_scope.cancel()
+    take()
+    assert log.statistics().waited > 0, "they were faster than the epochs"
+    assert applied == written
+    log.track()
+    log.free()
+
+
+def serve(sock: socket.socket, log: DiskLog, disk: int) -> None:
+    with sock:
+        endpoint = DiskEndpoint(sock, Export("disk", SIZE), log.sink(disk))
+        endpoint.run()
+        endpoint.close()

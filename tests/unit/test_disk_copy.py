@@ -33,7 +33,7 @@ SIZE = 5 * BLOCK + 3 * FINE + 512
 
 
 class Torn(Bytes):
-    def splice_to(self, fd: int, offset: int, /) -> None:
+    def read_into(self, view: memoryview, /) -> None:
         raise ConnectionError
 
 

@@ -29,6 +29,9 @@ class Bytes:
         self.data = data
         self.discarded = False
 
+    def read_into(self, view: memoryview, /) -> None:
+        view[:] = self.data
+
     def splice_to(self, fd: int, offset: int, /) -> None:
         os.pwrite(fd, self.data, offset)
 
@@ -45,12 +48,19 @@ class Late(Bytes):
         self.asked = threading.Event()
         self.come = threading.Event()
 
+    def read_into(self, view: memoryview, /) -> None:
+        self.wait()
+        super().read_into(view)
+
     def splice_to(self, fd: int, offset: int, /) -> None:
+        self.wait()
+        super().splice_to(fd, offset)
+
+    def wait(self) -> None:
         self.asked.set()
         assert self.come.wait(20)
         if self.breaks:
             raise ConnectionError
-        super().splice_to(fd, offset)
 
 
 @contextmanager
@@ -113,6 +123,31 @@ def test_an_epoch_without_writes_takes_no_memory(log: DiskLog) -> None:
         closed = log.close()
         assert closed == ClosedLog(None, 0)
     log.release(closed)
+
+
+def test_data_go_into_memory_the_cheapest_way(log: DiskLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways: list[str] = []
+
+    class Telling(Bytes):
+        def read_into(self, view: memoryview, /) -> None:
+            ways.append("read")
+            super().read_into(view)
+
+        def splice_to(self, fd: int, offset: int, /) -> None:
+            ways.append("splice")
+            super().splice_to(fd, offset)
+
+    monkeypatch.setattr("curling_fd.disk.memory.PREFAULT", 2 * BLOCK)
+    with disk_log() as log:
+        for _ in range(2):
+            log.start()
+            for block in range(4):
+                log.sink(0).write(block * BLOCK, BLOCK, Telling(bytes([block]) * BLOCK))
+            closed = log.close()
+            assert content(closed) == [(WRITE, 0, n * BLOCK, bytes([n]) * BLOCK) for n in range(4)]
+            log.track()
+            log.release(closed)  # last, so that it is the next one to be taken
+    assert ways == ["read", *["splice"] * 3, *["read"] * 4]
 
 
 def test_memory_goes_round(log: DiskLog) -> None:
