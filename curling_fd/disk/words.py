@@ -55,7 +55,7 @@ WORDS: dict[type[CurlingError], tuple[str, str]] = {
     DiskLogFull: (
         "The guest wrote more than {limit} to its disks before a checkpoint could take it.",
         "It runs on, and what was written is copied when it is protected again. If it happens again, see why "
-        "checkpoints take so long (the link, the backup's disks), or raise max_disk_log in the VM's file.",
+        "checkpoints take so long (the link, the backup's disks), or raise disk_log_limit in the VM's file.",
     ),
     DiskLogFailed: (
         "What the guest writes to its disks could not be logged: {why}.",
