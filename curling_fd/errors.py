@@ -24,6 +24,7 @@
     |   |-- MigrationBlocked, WritableDisk, MachineMismatch, HostsDisagree, NotEnoughMemory
     |   |-- StandbyFailed, CannotDerive, EngineUnavailable, GuestNotRunning, InsecurePeer
     |   |-- CannotHold            packets of a network card cannot be held back
+    |   |-- DiskUnfit             a disk that cannot be replicated
     |   `-- CopyUnfit             what is to be the backup's copy of a disk
     |       |-- CopyMissing, CopyWrongSize, CopyWrongFormat, CopyBacked
     |       |-- CopyInUse         another process has it

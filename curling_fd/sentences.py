@@ -370,11 +370,13 @@ def _(error: errors.MigrationBlocked) -> Sentence:
 
 @sentence.register
 def _(error: errors.WritableDisk) -> Sentence:
-    disks, them = ("disk", "it") if len(error.devices) == 1 else ("disks", "them")
+    disks, them, their = ("disk", "it", "its") if len(error.devices) == 1 else ("disks", "them", "their")
     return Sentence(
-        f"The guest can write to the {disks} {_and(error.devices)}, and Curling does not replicate disks.",
-        f"Until Curling replicates disks, list {them} under shared_disks (storage both hosts see) or "
-        f"scratch_disks (content that may be lost) in the VM's file, or make {them} read-only.",
+        f"The guest can write to the shared {disks} {_and(error.devices)}: after a failover {their} content "
+        "would be newer than the guest's memory, and a file system there be damaged.",
+        f"Give the VM a disk of its own on each host and take {them} out of shared_disks in the VM's file, "
+        f"so that Curling replicates {them}; or make {them} read-only; or list {them} under scratch_disks, "
+        "if the content may be lost.",
     )
 
 

@@ -232,6 +232,11 @@ class DiskLog:
         with self._changed:
             self._track()
 
+    def fail(self, why: str) -> None:
+        """What the guest writes does not come here any more: logging ends with `failure`, if it was on."""
+        with self._changed:
+            self._fail(DiskLogFailed(why))
+
     def mark(self, disk: int, offset: int, length: int) -> None:
         """That part of the disk may differ from the backup's copy."""
         with self._changed:

@@ -8,6 +8,15 @@ from curling_fd.error_roots import CurlingError, PrecheckFailed, RemoteProtocolE
 
 
 @define(auto_exc=True, slots=False, str=False, eq=False)
+class DiskUnfit(PrecheckFailed):
+    """The VM's `disk` cannot be replicated: `problem`. `advice` helps, and is a clause."""
+
+    disk: str
+    problem: str
+    advice: str
+
+
+@define(auto_exc=True, slots=False, str=False, eq=False)
 class CopyUnfit(PrecheckFailed):
     """What is at `path` on the backup cannot be its copy of the VM's `disk`; nothing was changed."""
 

@@ -18,12 +18,17 @@ from curling_fd.disk.errors import (
     DiskError,
     DiskLogFailed,
     DiskLogFull,
+    DiskUnfit,
     NbdError,
     NbdRequestFailed,
 )
 from curling_fd.error_roots import CurlingError
 
 WORDS: dict[type[CurlingError], tuple[str, str]] = {
+    DiskUnfit: (
+        "The disk {disk} cannot be replicated: {problem}.",
+        "{advice}.",
+    ),
     CopyUnfit: (
         "What is at {path} on the backup cannot be the copy of the disk {disk}.",
         "Make a fitting one there, or name another with standby.replace in the VM's file on the backup.",

@@ -11,7 +11,8 @@ there against faults, not against attackers; those are TLS's business. Integers 
 
 The payload of CHECKPOINT is a `CheckpointHead` and then the RAM sections in QEMU's own encoding, the device
 state, and the disk log. The payload of BULK, a piece of a first pass, is whole records of the migration
-stream. All other payloads are JSON objects or empty. Who sends what, and when, is in docs/protocol.md.
+stream; that of DISK a disk log (`curling_fd.disk.log`). All other payloads are JSON objects or empty. Who
+sends what, and when, is in docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from attrs import frozen
 from curling_fd.errors import FrameError
 
 #: Version of everything in this file and in docs/protocol.md. Both sides must have the same.
-PROTOCOL = 2
+PROTOCOL = 3
 
 _MAGIC = b"CRLG"
 _COMMIT = b"CMIT"
@@ -67,10 +68,14 @@ class Kind(IntEnum):
     RESTING = 16  # both: everything of yours is answered, and nothing more comes before you are back
     PROBE = 17  # in place of HELLO, and from either host: how are you?
     FACTS = 18  # the answer
+    DISK = 19  # P: what is to be written to the copies of the disks, before the first checkpoint
+    DISK_ACK = 20  # B: that is done
+    OFFER = 21  # P: digests of what is on a disk
+    WANT = 22  # B: which of these blocks the copy lacks
 
 
 #: Kinds whose payload goes to a memfd; the payload of the others is JSON or empty.
-RAW = frozenset({Kind.BULK, Kind.CHECKPOINT})
+RAW = frozenset({Kind.BULK, Kind.CHECKPOINT, Kind.DISK})
 
 
 @frozen
@@ -91,7 +96,7 @@ class Header:
         """Read a header of 40 bytes.
 
         Args:
-            max_raw: the longest BULK or CHECKPOINT payload the caller has room for, in bytes.
+            max_raw: the longest BULK, CHECKPOINT or DISK payload the caller has room for, in bytes.
 
         Raises:
             FrameError: it is damaged, of an unknown kind, or too long.

@@ -18,7 +18,8 @@ from curling_fd.errors import FrameError, LinkLost
 from curling_fd.link.frames import Kind
 from curling_fd.link.pulse import REST_LIMIT, Pulse, rest_seconds
 from curling_fd.link.transport import FrameLink, Received
-from curling_fd.replica.image import Replica
+from curling_fd.replica.image import Replica, Staged
+from curling_fd.service.copies import Copies
 from curling_fd.service.statistics import Counters
 from curling_fd.system.buffers import Buffer, BufferPool
 from curling_fd.system.nursery import open_nursery
@@ -69,6 +70,7 @@ class BackupSession:
         standby_failed: returns never, and raises when the standby is gone; watched once it has rehearsed.
         committed: called after the first acknowledgement.
         learned: told the guest's addresses, as the primary has sent them.
+        copies: of the disks, if any are replicated; borrowed.
 
     Attributes:
         paused: the operator has paused the guest on the primary.
@@ -88,10 +90,12 @@ class BackupSession:
         standby_failed: Callable[[], Awaitable[None]],
         committed: Callable[[], None],
         learned: Callable[[Any], None],
+        copies: Copies | None = None,
         paused: bool = False,
         peer_rests: bool = False,
     ) -> None:
         self.paused = paused
+        self._copies = copies
         self._link = link
         self._replica = replica
         self._counters = counters
@@ -113,7 +117,7 @@ class BackupSession:
         self._interrupted = trio.Event()
         self._resting = trio.CancelScope()
         self._why = ""
-        self._bulk_sequence = 0
+        self._expected = {Kind.BULK: 0, Kind.DISK: 0}
         self._sequence = replica.committed
         link.max_raw = max_raw
         link.acquire = self._pool.acquire
@@ -157,7 +161,7 @@ class BackupSession:
     @property
     def can_rest(self) -> bool:
         """Whether there is something that the next daemon can go on with."""
-        return self._first_committed.is_set()
+        return self._first_committed.is_set() and self._copies is None
 
     def interrupt(self, why: str) -> None:
         """Let go of the primary: `run` raises LinkLost. A checkpoint that is whole is committed first."""
@@ -219,9 +223,9 @@ class BackupSession:
         header = received.header
         if header.generation != self._generation:
             raise FrameError(f"a {header.kind.name} frame of generation {header.generation}")
-        if header.kind is Kind.BULK:
-            self._bulk_sequence += 1
-            expected = self._bulk_sequence
+        if header.kind in self._expected:
+            self._expected[header.kind] += 1
+            expected = self._expected[header.kind]
         else:
             self._sequence += 1
             expected = self._sequence
@@ -235,6 +239,8 @@ class BackupSession:
             try:
                 if received.header.kind is Kind.BULK:
                     await self._take_piece(received, buffer)
+                elif received.header.kind is Kind.DISK:
+                    await self._take_disk(received, buffer)
                 else:
                     await self._commit(received, buffer)
             finally:
@@ -245,12 +251,41 @@ class BackupSession:
         self._counters.bytes_total += received.header.length
         await self._link.send(Kind.BULK_ACK, self._generation, received.header.sequence)
 
+    async def _take_disk(self, received: Received, buffer: Buffer) -> None:
+        """A part of the first copy of the disks, or what was written meanwhile."""
+        header = received.header
+        if self._copies is None or self._sequence:
+            raise FrameError("a piece of a disk, which was not due")
+        await work(header.length, self._copies.check, buffer.view, 0, header.length)
+        await trio.to_thread.run_sync(self._copies.apply, buffer.view, 0, header.length)
+        self._counters.bytes_total += header.length
+        await self._link.send(Kind.DISK_ACK, self._generation, header.sequence)
+
+    def _stage(self, sequence: int, view: memoryview, length: int) -> Staged:
+        staged = self._replica.stage(sequence, view, length)
+        start, end = staged.disk
+        if self._copies is not None:
+            self._copies.check(view, start, end)
+        elif start != end:
+            raise FrameError("a checkpoint with a disk log, and no disk is replicated")
+        return staged
+
+    def _make(self, staged: Staged) -> None:
+        """Have memory and disks be the checkpoint `staged`.
+
+        Raises:
+            DiskCopyFailed: a disk could not be: there is no replica any more.
+        """
+        self._replica.commit(staged)
+        if self._copies is not None:
+            self._copies.apply(staged.view, *staged.disk)
+
     async def _commit(self, received: Received, buffer: Buffer) -> None:
         header = received.header
         length = header.length
-        staged = await work(length, self._replica.stage, header.sequence, buffer.view, length)
+        staged = await work(length, self._stage, header.sequence, buffer.view, length)
         if header.sequence == 1:
-            await trio.to_thread.run_sync(self._replica.commit, staged)
+            await trio.to_thread.run_sync(self._make, staged)
             await self._rehearse()
             await self._link.send(Kind.ACK, self._generation, 1)
             self._first_committed.set()
@@ -261,9 +296,15 @@ class BackupSession:
                 try:
                     await self._link.send(Kind.ACK, self._generation, header.sequence)
                 finally:
-                    await work(length, self._replica.commit, staged)
+                    await self._work(length, staged)
         self._counters.captured(sum(run.count for run in staged.runs), length)
         self._counters.commit(header.sequence)
+
+    async def _work(self, length: int, staged: Staged) -> None:
+        if self._copies is not None and staged.disk[0] != staged.disk[1]:
+            await trio.to_thread.run_sync(self._make, staged)  # a disk can be slow
+        else:
+            await work(length, self._make, staged)
 
     async def _watch_pulse(self) -> None:
         """Watch the primary from its first frame on: before it, the primary prepares its QEMU."""
@@ -298,9 +339,10 @@ def definition_problem(content: dict[str, Any]) -> str | None:
             and entry[1] % PAGE_SIZE == 0
         ):
             return "its list of memory is not one"
-    limit = content.get("max_checkpoint")
-    if not isinstance(limit, int) or not 0 < limit <= _MOST_BYTES:
-        return "its `max_checkpoint` is not a size"
+    for key in ("max_checkpoint", "max_disk_log"):
+        limit = content.get(key)
+        if not isinstance(limit, int) or not 0 < limit <= _MOST_BYTES:
+            return f"its `{key}` is not a size"
     return None
 
 

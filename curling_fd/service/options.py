@@ -1,8 +1,9 @@
-"""What a session on the primary is told when it begins."""
+"""What a session on the primary is told when it begins, and what it may say at its end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from enum import Enum
 
 import attrs
 from attrs import frozen
@@ -84,12 +85,21 @@ class Callbacks:
 
     Attributes:
         progress: bytes of the first pass sent so far.
+        copied: bytes of the disks that were copied, or found to be the same, and how many there are to be.
         committed: the backup holds a first whole checkpoint: the VM is protected.
         paused: the operator paused (True) or resumed (False) the guest.
         ended: the guest has ended; the session is about to.
     """
 
     progress: Callable[[int], None]
+    copied: Callable[[int, int], None]
     committed: Callable[[], None]
     paused: Callable[[bool], None]
     ended: Callable[[], None]
+
+
+class Finish(Enum):
+    """Why a session is over without a failure."""
+
+    SWITCH = "the last checkpoint of a switch is committed, and the guest stopped"
+    RESTART = "the next daemon can go on with it"

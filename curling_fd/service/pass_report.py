@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from curling_fd.capture.engine import PassLimit
-from curling_fd.service.progress import PassMeter
+from curling_fd.service.progress import CopyMeter, PassMeter
 from curling_fd.service.record import VmRecord
 from curling_fd.units import format_size
 
@@ -14,6 +14,7 @@ class PassReport:
     def __init__(self, record: VmRecord) -> None:
         self._record = record
         self._meter = PassMeter(record.ram_bytes, record.config.resync_bandwidth)
+        self._copy = CopyMeter(record.config.disk_copy_rate)
 
     def limit(self) -> PassLimit | None:
         """How fast the pass may be."""
@@ -23,6 +24,11 @@ class PassReport:
     def sent(self, count: int) -> None:
         """`count` bytes were sent so far."""
         self._record.progress = self._meter.sent(count)
+        self._record.stir()
+
+    def copied(self, done: int, total: int) -> None:
+        """`done` bytes of the disks, of `total`, are as they must be on the backup."""
+        self._record.progress = self._copy.done(done, total)
         self._record.stir()
 
     def over(self) -> None:

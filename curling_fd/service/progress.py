@@ -35,6 +35,36 @@ class Progress:
         }
 
 
+class _Speed:
+    """How fast a number of bytes has grown of late."""
+
+    def __init__(self) -> None:
+        self._samples = deque([(trio.current_time(), 0)])
+
+    def at(self, total: int) -> float | None:
+        """The number is `total` now; bytes a second."""
+        now = trio.current_time()
+        self._samples.append((now, total))
+        while len(self._samples) > 2 and self._samples[1][0] <= now - _WINDOW:
+            self._samples.popleft()
+        then, before = self._samples[0]
+        return (total - before) / (now - then) if now > then else None
+
+
+class CopyMeter:
+    """Watches the copy of a VM's disks, held to `limit` bytes a second if that is not None."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._speed: _Speed | None = None
+
+    def done(self, done: int, total: int) -> Progress:
+        """`done` bytes of `total` are copied."""
+        if self._speed is None:
+            self._speed = _Speed()
+        return Progress("disk copy", done, total, self._speed.at(done), self._limit)
+
+
 class PassMeter:
     """Watches one first pass over `memory` bytes.
 
@@ -47,17 +77,12 @@ class PassMeter:
         self._memory = memory
         self._began = trio.current_time()
         self._sent = 0
-        self._samples = deque([(self._began, 0)])
+        self._speed = _Speed()
 
     def sent(self, total: int) -> Progress:
         """The pass has sent `total` bytes until now."""
-        now = trio.current_time()
         self._sent = total
-        self._samples.append((now, total))
-        while len(self._samples) > 2 and self._samples[1][0] <= now - _WINDOW:
-            self._samples.popleft()
-        then, before = self._samples[0]
-        rate = (total - before) / (now - then) if now > then else None
+        rate = self._speed.at(total)
         return Progress("first pass", total, max(total, self._memory), rate, self.limit)
 
     def summary(self) -> str:

@@ -32,6 +32,7 @@ from curling_fd.link.transport import FrameLink
 from curling_fd.qmp.client import EventStream, MonitorLeft, QmpClient
 from curling_fd.qmp.protocol import Event
 from curling_fd.replica.image import Replica, ReplicaLeft
+from curling_fd.service.copies import Copies
 from curling_fd.service.primary import PrimarySession
 from curling_fd.service.record import VmRecord
 from curling_fd.service.standby import Standby
@@ -187,6 +188,7 @@ class Kept:
         max_raw: its largest frame, in bytes.
         paused: the operator had the guest paused on the primary.
         peer_rests: the primary's daemon is being restarted, and ours was as well.
+        copies: of the VM's disks, if any are replicated.
     """
 
     standby: Standby
@@ -195,8 +197,17 @@ class Kept:
     max_raw: int
     paused: bool = False
     peer_rests: bool = False
+    copies: Copies | None = None
+
+    async def close_copies(self) -> None:
+        """Let the standby have the disks."""
+        copies, self.copies = self.copies, None
+        if copies is not None:
+            await trio.to_thread.run_sync(copies.close)
 
     def close(self) -> None:
+        if self.copies is not None:
+            self.copies.close()
         self.replica.close()
         self.standby.close()
 

@@ -1,4 +1,4 @@
-"""The initramfs of the lab's Linux guest: busybox, drivers, /init and the program of guest.c and guest_disk.c."""
+"""The initramfs of the lab's Linux guest: busybox, drivers, /init and the program of guest*.c."""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ def read_shares(
 def _look(data: bytes, writer: int, first: int, count: int, block: int) -> Share:
     found = [_HEAD.unpack_from(data, index * block) for index in range(count)]
     top = max((number for magic, _, _, number in found if magic == _MAGIC), default=0)
-    # Numbers above it may have zeroed blocks, and have left no stamp: the right one is the one that fits best.
+    # Numbers above it may have zeroed blocks, and have left no stamp: the right one is the one that fits
+    # best.
     best: list[tuple[int, str]] | None = None
     chosen = top
     ledger = _ledger(writer, count, top)
