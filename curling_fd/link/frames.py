@@ -11,8 +11,9 @@ there against faults, not against attackers; those are TLS's business. Integers 
 
 The payload of CHECKPOINT is a `CheckpointHead` and then the RAM sections in QEMU's own encoding, the device
 state, and the disk log. The payload of BULK, a piece of a first pass, is whole records of the migration
-stream; that of DISK a disk log (`curling_fd.disk.log`). All other payloads are JSON objects or empty. Who
-sends what, and when, is in docs/protocol.md.
+stream; that of DISK a disk log (`curling_fd.disk.log`). Payloads of OFFER and WANT are made in
+`curling_fd.disk.compare`. All others are JSON objects or empty. Who sends what, and when, is in
+docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -74,8 +75,11 @@ class Kind(IntEnum):
     WANT = 22  # B: which of these blocks the copy lacks
 
 
-#: Kinds whose payload goes to a memfd; the payload of the others is JSON or empty.
+#: Kinds whose payload goes to a memfd; the payload of the others, but for BYTES, is JSON or empty.
 RAW = frozenset({Kind.BULK, Kind.CHECKPOINT, Kind.DISK})
+
+#: Kinds whose payload is bytes of a form of its own, no longer than a JSON object may be.
+BYTES = frozenset({Kind.OFFER, Kind.WANT})
 
 
 @frozen
@@ -178,6 +182,11 @@ def encode_json(
 ) -> bytes:
     """A whole frame with a JSON payload, or an empty one."""
     payload = json.dumps(content, separators=(",", ":")).encode() if content is not None else b""
+    return encode_bytes(kind, generation, sequence, payload)
+
+
+def encode_bytes(kind: Kind, generation: int, sequence: int, payload: bytes) -> bytes:
+    """A whole frame with a payload that is not in a memfd."""
     header = Header(kind, generation, sequence, len(payload)).encode()
     return header + payload + encode_trailer(sequence, digest(header, payload))
 

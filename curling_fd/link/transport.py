@@ -20,6 +20,7 @@ from attrs import define, field, frozen
 
 from curling_fd.errors import FrameError, LinkClosed, LinkLost, PeerUnreachable
 from curling_fd.link.frames import (
+    BYTES,
     HEADER_SIZE,
     RAW,
     TRAILER_SIZE,
@@ -28,6 +29,7 @@ from curling_fd.link.frames import (
     check_trailer,
     decode_json,
     digest,
+    encode_bytes,
     encode_json,
     encode_trailer,
 )
@@ -54,13 +56,15 @@ class Received:
     """A whole frame whose digest was right.
 
     Attributes:
-        content: the JSON object of all kinds but those of RAW.
+        content: the JSON object of all kinds but those of RAW and BYTES.
+        payload: of a kind of BYTES.
         buffer: where the payload of those lies, from offset 0 on; the receiver's to give back.
     """
 
     header: Header
     content: dict[str, Any]
     buffer: Buffer | None = None
+    payload: bytes = b""
 
 
 @define
@@ -131,9 +135,16 @@ class FrameLink:
         content: Mapping[str, Any] | None = None,
     ) -> None:
         """Send a frame with a JSON payload, or an empty one."""
+        await self._send_whole(encode_json(kind, generation, sequence, content))
+
+    async def send_payload(self, kind: Kind, generation: int, sequence: int, payload: bytes) -> None:
+        """Send a frame of a kind of BYTES."""
+        await self._send_whole(encode_bytes(kind, generation, sequence, payload))
+
+    async def _send_whole(self, frame: bytes) -> None:
         async with self._send_lock:
             with self._whole_frame():
-                await self._send_bytes(encode_json(kind, generation, sequence, content))
+                await self._send_bytes(frame)
             self.statistics.frames_sent += 1
 
     async def send_raw(self, header: Header, preface: bytes, *parts: tuple[Buffer, int]) -> None:
@@ -170,7 +181,10 @@ class FrameLink:
                     payload = await self._receive_bytes(header.length)
                     trailer = await self._receive_bytes(TRAILER_SIZE)
                     check_trailer(trailer, header.sequence, digest(head, payload))
-                    received = Received(header, decode_json(payload))
+                    if header.kind in BYTES:
+                        received = Received(header, {}, payload=payload)
+                    else:
+                        received = Received(header, decode_json(payload))
             if header.kind in RAW:
                 received = await self._receive_raw(header, head)
         finally:

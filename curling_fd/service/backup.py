@@ -205,6 +205,8 @@ class BackupSession:
                     await self._link.send(Kind.RESTING, self._generation)
                 case Kind.RESTING:
                     pass  # to the daemon before us, which did not wait for it
+                case Kind.OFFER:
+                    await channel.send(received)  # answered when what came before it is applied
                 case Kind.NOTE:
                     self.paused = bool(content.get("paused", self.paused))
                     if "learned" in content:
@@ -235,7 +237,9 @@ class BackupSession:
     async def _apply_all(self, channel: trio.MemoryReceiveChannel[Received]) -> None:
         async for received in channel:
             buffer = received.buffer
-            assert buffer is not None
+            if buffer is None:
+                await self._compare(received)
+                continue
             try:
                 if received.header.kind is Kind.BULK:
                     await self._take_piece(received, buffer)
@@ -260,6 +264,13 @@ class BackupSession:
         await trio.to_thread.run_sync(self._copies.apply, buffer.view, 0, header.length)
         self._counters.bytes_total += header.length
         await self._link.send(Kind.DISK_ACK, self._generation, header.sequence)
+
+    async def _compare(self, received: Received) -> None:
+        """Say which of the blocks that are offered the copy lacks."""
+        if self._copies is None or self._sequence:
+            raise FrameError("an offer of blocks of a disk, which was not due")
+        answer = await trio.to_thread.run_sync(self._copies.answer, received.payload)
+        await self._link.send_payload(Kind.WANT, self._generation, received.header.sequence, answer)
 
     def _stage(self, sequence: int, view: memoryview, length: int) -> Staged:
         staged = self._replica.stage(sequence, view, length)

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from itertools import groupby
 
+from curling_fd.disk.compare import Offer, answer
+from curling_fd.disk.image import open_copy
 from curling_fd.disk.inventory import Disk
-from curling_fd.disk.log import WRITE, check, scan
-from curling_fd.errors import CopyUnusable, DiskCopyFailed
+from curling_fd.disk.log import Record, check, scan
+from curling_fd.disk.spec import Copy, CopySpec
 
 
 class Copies:
-    """Copies of `disks`, by `paths` on this host; they are opened here, and nobody else is to use them.
+    """Copies of `disks`, by `paths` on this host; they are opened here, and nobody else can use them then.
 
-    All methods but the first may block.
+    All methods block; `sync` may be called beside all others but `close`.
+
+    Raises:
+        CopyUnfit: what is there cannot be a copy; nothing was changed.
     """
 
     def __init__(self, disks: Sequence[Disk], paths: Sequence[str]) -> None:
         self.disks = tuple(disks)
-        self.paths = tuple(paths)
-        self._sizes = [disk.size for disk in disks]
-        self._fds: list[int] = []
-        for disk, path in zip(disks, paths, strict=True):
-            try:
-                self._fds.append(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-            except OSError as error:
-                self.close()
-                raise CopyUnusable(disk.name, path, error.strerror or str(error)) from None
+        self.sizes = [disk.size for disk in disks]
+        self._copies: list[Copy] = []
+        try:
+            for disk, path in zip(disks, paths, strict=True):
+                self._copies.append(open_copy(CopySpec(disk.name, path, disk.format, disk.size)))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def paths(self) -> list[str]:
+        return [copy.spec.path for copy in self._copies]
 
     def check(self, view: memoryview, start: int, end: int) -> None:
         """See that `view[start:end]` is a log of these disks.
@@ -34,37 +42,42 @@ class Copies:
         Raises:
             FrameError: it is not.
         """
-        check(view, start, end, self._sizes)
+        check(view, start, end, self.sizes)
 
     def apply(self, view: memoryview, start: int, end: int) -> None:
         """Do what the log in `view[start:end]`, which was checked, says.
 
         Raises:
-            DiskCopyFailed: a copy is not whole any more.
+            DiskCopyFailed: a copy is of no use any more.
         """
-        for record in scan(view, start, end, self._sizes):
-            try:
-                fd = self._fds[record.disk]
-                if record.kind == WRITE:
-                    os.pwrite(fd, view[record.data : record.data + record.length], record.offset)
-                else:
-                    _zero(fd, record.offset, record.length)
-            except OSError as error:
-                raise DiskCopyFailed(self.paths[record.disk], error.strerror or str(error)) from None
+        records = scan(view, start, end, self.sizes)
+        for disk, run in groupby(records, key=_disk):
+            self._copies[disk].apply(run, view)
+
+    def answer(self, payload: bytes) -> bytes:
+        """The payload of a WANT for that of an OFFER.
+
+        Raises:
+            FrameError: it is none.
+            DiskCopyFailed: a copy cannot be read.
+        """
+        offer = Offer.decode(payload, self.sizes)
+        return answer(offer, self._copies[offer.disk].block_digests)
+
+    def sync(self) -> None:
+        """All that was applied is on stable storage.
+
+        Raises:
+            DiskCopyFailed: it is not.
+        """
+        for copy in self._copies:
+            copy.sync()
 
     def close(self) -> None:
-        """Let others use the copies; what was written is on stable storage."""
-        while self._fds:
-            fd = self._fds.pop()
-            try:
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
+        """Let others use the copies."""
+        while self._copies:
+            self._copies.pop().close()
 
 
-def _zero(fd: int, offset: int, length: int) -> None:
-    while length:
-        part = min(length, 1 << 20)
-        os.pwrite(fd, bytes(part), offset)
-        offset += part
-        length -= part
+def _disk(record: Record) -> int:
+    return record.disk

@@ -11,35 +11,34 @@ Three times follow each other:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import trio
 
+from curling_fd.disk.bitmap import DirtyBitmap
+from curling_fd.disk.copy import CopyProgress, DiskCopier, LogShipper, RateLimit
 from curling_fd.disk.holdings import ClosedLog
 from curling_fd.disk.nbd_client import NbdClient
 from curling_fd.errors import FrameError
 from curling_fd.link.frames import Header, Kind
-from curling_fd.link.transport import FrameLink
+from curling_fd.link.transport import FrameLink, Received
 from curling_fd.qmp.client import QmpClient
 from curling_fd.service.mirror import DiskMirror, exported, ident
+from curling_fd.system.nursery import open_nursery
 
-#: Bytes of a disk that are read at a time.
-CHUNK = 1 << 20
-
-#: Bytes of log that are worth a frame.
-_WORTH = 8 << 20
-
-#: Seconds after which fewer are sent as well.
-_LATEST = 0.2
+#: Seconds between two reports of how far a copy is.
+_REPORT = 0.2
 
 
 class DiskShipper:
     """Ships the log of `mirror` over `link`; borrows both.
 
     Args:
+        alike: for each disk, whether the backup's copy differs from it in nothing but what the log has
+            marked; else the two are compared.
         most: DISK frames on their way at once.
-        progress: told the bytes of the disks that were copied, and how many there are to be.
+        rate: bytes a second that a copy may take of the link; None is no limit.
+        progress: told how far the copy of all disks is.
         stir: called when something that a checkpoint waits for has changed.
     """
 
@@ -48,97 +47,113 @@ class DiskShipper:
         link: FrameLink,
         generation: int,
         mirror: DiskMirror,
+        alike: Sequence[bool],
+        *,
         most: int,
-        progress: Callable[[int, int], None],
+        rate: int | None,
+        progress: Callable[[CopyProgress], None],
         stir: Callable[[], None],
     ) -> None:
         self.log = mirror.log
         self._mirror = mirror
+        self._alike = alike
         self._link = link
         self._generation = generation
         self._most = most
+        self._limit = RateLimit(rate)
         self._progress = progress
-        self._stir = stir
-        self._sequence = 0
+        self._shipper = LogShipper(self.log, self._ship)
+        self._sequence = self._offers = 0
         self._flights: deque[tuple[int, ClosedLog]] = deque()
         self._landed = trio.Event()
-        self._shipping = trio.Lock()
-        self._woken = trio.Event()
+        self._answers, self._answered = trio.open_memory_channel[Received](1)
         token = trio.lowlevel.current_trio_token()
-        self.log.wake = lambda: token.run_sync_soon(self._wake)
-
-    def _wake(self) -> None:
-        self._woken.set()
-        self._stir()
+        self.log.wake = lambda: token.run_sync_soon(stir, idempotent=True)
 
     @property
     def urgent(self) -> bool:
         """The guest waits for a checkpoint to take what it has written; or there will be none any more."""
         return self.log.running >= self.log.ask_at or self.log.failure is not None
 
-    async def copy(self, qmp: QmpClient, directory: Path) -> None:
+    async def copy(self, qmp: QmpClient) -> None:
         """Have the copies be what the disks are, but for what the guest writes from then on.
 
         Raises:
             DiskUnfit, NbdError, NbdRequestFailed: a disk cannot be read.
             DiskLogFull, DiskLogFailed: the log has failed.
+            FrameError: the backup's answers make no sense.
         """
         dirty = self.log.start()
-        total = sum(bitmap.dirty_bytes() for bitmap in dirty)
-        done = 0
-        self._progress(done, total)
-        async with exported(qmp, directory, self._mirror.disks) as path:
-            for number, bitmap in enumerate(dirty):
-                client = await trio.to_thread.run_sync(NbdClient.connect, path, ident(number))
-                try:
-                    for start, length in bitmap.ranges():
-                        for offset in range(start, start + length, CHUNK):
-                            count = min(CHUNK, start + length - offset)
-                            await trio.to_thread.run_sync(self._read, client, number, offset, count)
-                            if self.log.running >= min(_WORTH, self.log.soft // 2):
-                                await self._ship()
-                            done += count
-                            self._progress(done, total)
-                finally:
-                    client.close()
-        await self._ship()
-
-    def _read(self, client: NbdClient, number: int, offset: int, length: int) -> None:
-        """Put a part of a disk into the log. Runs in a thread."""
-        watch = self.log.watch(number, offset, length)
+        copiers: list[DiskCopier] = []
         try:
-            for extent in client.status(offset, length):
-                if extent.zero:
-                    self.log.put_zeroes(watch, offset, extent.length)
-                else:
-                    data = memoryview(bytearray(extent.length))
-                    client.read_into(data, offset)
-                    self.log.put(watch, offset, data)
-                offset += extent.length
-        finally:
-            self.log.unwatch(watch)
+            async with (
+                exported(qmp, self._mirror.directory, self._mirror.disks) as path,
+                open_nursery() as nursery,
+            ):
+                nursery.start_soon(self._shipper.run)
+                nursery.start_soon(self._report, copiers, dirty)
+                for number, bitmap in enumerate(dirty):
+                    client = await trio.to_thread.run_sync(NbdClient.connect, path, ident(number))
+                    try:
+                        copiers.append(self._copier(number, client, bitmap))
+                        await copiers[-1].run()
+                    finally:
+                        client.close()
+                nursery.cancel_scope.cancel()
+        except BaseException:
+            for number, bitmap in enumerate(dirty):
+                left = copiers[number].remaining() if number < len(copiers) else bitmap.ranges()
+                for offset, length in left:
+                    self.log.mark(number, offset, length)
+            raise
+        self._progress(_sum(copiers, dirty))
+        await self._shipper.flush()
+
+    def _copier(self, number: int, client: NbdClient, bitmap: DirtyBitmap) -> DiskCopier:
+        compare = None if self._alike[number] else self._compare
+        return DiskCopier(self.log, number, client, bitmap.ranges(), self._shipper, self._limit, compare)
+
+    async def _report(self, copiers: Sequence[DiskCopier], dirty: Sequence[DirtyBitmap]) -> None:
+        while True:
+            self._progress(_sum(copiers, dirty))
+            await trio.sleep(_REPORT)
+
+    async def _compare(self, offer: bytes) -> bytes:
+        """The backup's answer to an offer."""
+        self._offers += 1
+        await self._link.send_payload(Kind.OFFER, self._generation, self._offers, offer)
+        received = await self._answered.receive()
+        if received.header.sequence != self._offers:
+            raise FrameError(f"an answer to offer {received.header.sequence} of blocks, which was not due")
+        return received.payload
+
+    def answered(self, received: Received) -> None:
+        """A WANT has come.
+
+        Raises:
+            FrameError: nobody has asked.
+        """
+        try:
+            self._answers.send_nowait(received)
+        except trio.WouldBlock:
+            raise FrameError("an answer to an offer of blocks, which was not due") from None
 
     async def follow(self) -> None:
         """Send what the guest writes, until cancelled."""
-        while True:
-            with trio.move_on_after(_LATEST):
-                await self._woken.wait()
-            self._woken = trio.Event()
-            with trio.CancelScope(shield=True):
-                await self._ship()
+        await self._shipper.run()
 
-    async def _ship(self) -> None:
-        """Send the log so far."""
-        async with self._shipping:
-            while len(self._flights) >= self._most:
-                await self._landed.wait()
-            closed = await trio.to_thread.run_sync(self.log.close)
-            if closed.buffer is None:
-                return
-            self._sequence += 1
-            self._flights.append((self._sequence, closed))
-            header = Header(Kind.DISK, self._generation, self._sequence, closed.length)
+    async def _ship(self, closed: ClosedLog) -> None:
+        """Send a log; returns when there is room for another."""
+        if closed.buffer is None:
+            return
+        self._sequence += 1
+        self._flights.append((self._sequence, closed))
+        header = Header(Kind.DISK, self._generation, self._sequence, closed.length)
+        # Who is cancelled stops following, and not in the middle: what follows builds on what came before.
+        with trio.CancelScope(shield=True):
             await self._link.send_raw(header, b"", (closed.buffer, closed.length))
+        while len(self._flights) >= self._most:
+            await self._landed.wait()
 
     def acknowledged(self, sequence: int) -> None:
         """The backup has written what DISK frame `sequence` had.
@@ -154,9 +169,8 @@ class DiskShipper:
 
     async def settle(self) -> None:
         """From now on checkpoints carry the log: wait until no DISK frame is on its way."""
-        async with self._shipping:
-            while self._flights:
-                await self._landed.wait()
+        while self._flights:
+            await self._landed.wait()
 
     def close(self) -> None:
         """The session is over: what the backup has not acknowledged is marked."""
@@ -164,3 +178,14 @@ class DiskShipper:
         self.log.track()
         while self._flights:
             self.log.release(self._flights.popleft()[1])
+
+
+def _sum(copiers: Sequence[DiskCopier], dirty: Sequence[DirtyBitmap]) -> CopyProgress:
+    """How far all of them are; those that are not begun have all before them."""
+    found = [copier.progress() for copier in copiers]
+    rest = sum(bitmap.dirty_bytes() for bitmap in dirty[len(found) :])
+    return CopyProgress(
+        total=rest + sum(one.total for one in found),
+        done=sum(one.done for one in found),
+        sent=sum(one.sent for one in found),
+    )

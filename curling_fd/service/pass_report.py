@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from curling_fd.capture.engine import PassLimit
+from curling_fd.disk.copy import CopyProgress
 from curling_fd.service.progress import CopyMeter, PassMeter
 from curling_fd.service.record import VmRecord
 from curling_fd.units import format_size
@@ -26,13 +27,15 @@ class PassReport:
         self._record.progress = self._meter.sent(count)
         self._record.stir()
 
-    def copied(self, done: int, total: int) -> None:
-        """`done` bytes of the disks, of `total`, are as they must be on the backup."""
-        self._record.progress = self._copy.done(done, total)
+    def copied(self, progress: CopyProgress) -> None:
+        """The copy of the disks is that far."""
+        self._record.progress = self._copy.done(progress)
         self._record.stir()
 
     def over(self) -> None:
         """The backup has a first whole checkpoint."""
+        if (copied := self._copy.summary()) is not None:
+            self._record.note("disk-copy", copied)
         self._record.note("first-pass", self._meter.summary())
 
     def _raised(self, limit: int) -> None:

@@ -12,7 +12,7 @@ to go on; the backup's asks us, and we go on when it is heard again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -44,6 +44,7 @@ from curling_fd.service.disk_shipper import DiskShipper
 from curling_fd.service.farewell import refusal
 from curling_fd.service.flights import Flights
 from curling_fd.service.gate import OutputGate
+from curling_fd.service.last_words import explain
 from curling_fd.service.mirror import DiskMirror
 from curling_fd.service.options import Callbacks, Finish, SessionOptions
 from curling_fd.service.pace import Boundary
@@ -52,9 +53,6 @@ from curling_fd.service.statistics import Counters
 from curling_fd.service.stops import StopWatcher, Window, clock_ahead_us, how_it_ended, now_us
 from curling_fd.system.buffers import Buffer, BufferPool, PoolStatistics
 from curling_fd.system.nursery import open_nursery
-
-#: Seconds after the capture broke off within which QEMU's own end explains it.
-_QEMU_LAST_WORDS = 1.0
 
 #: Seconds within which QEMU, asked to let the guest go on, says that it does.
 _START_LIMIT = 10.0
@@ -72,6 +70,8 @@ class PrimarySession:
     Args:
         inherited: sequence of the checkpoint with which the daemon before us has left the session; 0 if
             this is a new one, which begins with a first pass.
+        mirror: of the disks that are replicated, if any; borrowed.
+        alike: see `DiskShipper`.
 
     Attributes:
         peer_rests: the backup's daemon is restarted, too.
@@ -89,6 +89,7 @@ class PrimarySession:
         callbacks: Callbacks,
         inherited: int = 0,
         mirror: DiskMirror | None = None,
+        alike: Sequence[bool] = (),
     ) -> None:
         self.stops = StopWatcher(counters)
         self._qmp = qmp
@@ -104,7 +105,16 @@ class PrimarySession:
         self._pool = BufferPool("curling-capture", options.buffers, options.max_checkpoint)
         self._mirror = mirror
         self._disks = (
-            DiskShipper(link, options.generation, mirror, options.buffers, callbacks.copied, self._stir)
+            DiskShipper(
+                link,
+                options.generation,
+                mirror,
+                alike,
+                most=options.buffers,
+                rate=options.disk_copy_rate,
+                progress=callbacks.copied,
+                stir=self._stir,
+            )
             if mirror is not None
             else None
         )
@@ -153,7 +163,7 @@ class PrimarySession:
                 nursery.cancel_scope.cancel()
             return finish
         except (EngineFailed, QmpError) as error:
-            await self._explain(error)
+            await explain(self._qmp, self._events, error, self._guest_end)
             raise
         finally:
             self._end_pass()
@@ -238,8 +248,8 @@ class PrimarySession:
         self._stirred = trio.Event()
 
     async def _first_pass(self) -> None:
-        if self._disks is not None and self._mirror is not None:
-            await self._disks.copy(self._qmp, self._mirror.directory)
+        if self._disks is not None:
+            await self._disks.copy(self._qmp)
         started = trio.current_time()
         whole = Window.PRECOPY if self._window is Window.LOOP else self._window
         self.stops.window_opens(whole, now_us(), counting=False)
@@ -423,6 +433,8 @@ class PrimarySession:
                     self._pass.acknowledged(header.sequence)
                 case Kind.DISK_ACK if self._disks is not None:
                     self._disks.acknowledged(header.sequence)
+                case Kind.WANT if self._disks is not None:
+                    self._disks.answered(received)
                 case Kind.ACK:
                     await self._acknowledged(header.sequence)
                 case Kind.REST:
@@ -482,17 +494,3 @@ class PrimarySession:
         step, self._clock_ahead = ahead - self._clock_ahead, ahead
         if abs(step) > _CLOCK_STEP_US:
             self.stops.clock_stepped(step)
-
-    async def _explain(self, error: Exception) -> None:
-        """Look whether QEMU's end is behind `error`, and raise that instead."""
-        if self._guest_end is not None:
-            raise GuestEnded(self._guest_end) from error
-        with trio.move_on_after(_QEMU_LAST_WORDS), suppress(QmpError):
-            await self._qmp.status()  # what happened before comes before the answer
-        with suppress(trio.WouldBlock, trio.EndOfChannel):
-            while True:
-                ended = how_it_ended(self._events.receive_nowait())
-                if ended is not None:
-                    raise GuestEnded(ended) from error
-        if self._qmp.disconnected.is_set():
-            raise QemuDied() from error

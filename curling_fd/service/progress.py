@@ -8,6 +8,7 @@ from typing import Any
 import trio
 from attrs import frozen
 
+from curling_fd.disk.copy import CopyProgress
 from curling_fd.units import format_duration, format_size
 
 #: Seconds that a speed is the mean of: a piece is 4 MiB, and a slow link takes its time for one.
@@ -57,12 +58,20 @@ class CopyMeter:
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
         self._speed: _Speed | None = None
+        self._last: CopyProgress | None = None
 
-    def done(self, done: int, total: int) -> Progress:
-        """`done` bytes of `total` are copied."""
+    def done(self, copied: CopyProgress) -> Progress:
+        """The copy is that far."""
         if self._speed is None:
             self._speed = _Speed()
-        return Progress("disk copy", done, total, self._speed.at(done), self._limit)
+        self._last = copied
+        return Progress("disk copy", copied.done, copied.total, self._speed.at(copied.done), self._limit)
+
+    def summary(self) -> str | None:
+        """The whole copy in words, once it is over; None if there was none."""
+        if self._last is None:
+            return None
+        return f"{format_size(self._last.total)} of the disks, {format_size(self._last.sent)} of them sent"
 
 
 class PassMeter:

@@ -7,6 +7,7 @@ session decides what follows; the table in `failover.states` says which state th
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 
@@ -382,7 +383,10 @@ class Protector:
                 async with greeted(record, examined, self._sure, self._is_sure) as link:
                     record.advance(Event.PREPARED)
                     mirror = await self._disks.mirror(qmp, examined.disks)
-                    await self._session_on(qmp, events, examined.choice, examined.cards, link, mirror=mirror)
+                    alike = [False for _ in examined.disks]
+                    await self._session_on(
+                        qmp, events, examined.choice, examined.cards, link, mirror=mirror, alike=alike
+                    )
 
     async def _go_on(self, estate: Estate, left: PrimaryLeft) -> None:
         """Go on with the session that the daemon before us has left."""
@@ -408,6 +412,7 @@ class Protector:
         link: FrameLink,
         inherited: tuple[Estate, PrimaryLeft] | None = None,
         mirror: DiskMirror | None = None,
+        alike: Sequence[bool] = (),
     ) -> None:
         record, config = self._record, self._record.config
         report = PassReport(record)
@@ -438,6 +443,7 @@ class Protector:
                 callbacks,
                 inherited[1].sequence if inherited else 0,
                 mirror,
+                alike,
             )
             if inherited is not None:
                 session.stops.paused = inherited[1].paused

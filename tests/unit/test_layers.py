@@ -202,6 +202,7 @@ curling_fd.service.host
 curling_fd.service.hostcheck
 curling_fd.service.interface
 curling_fd.service.journal
+curling_fd.service.last_words
 curling_fd.service.mirror
 curling_fd.service.network
 curling_fd.service.options
