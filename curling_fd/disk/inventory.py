@@ -47,6 +47,17 @@ class Disk:
     path: str
     node: str = ""
 
+    def show(self, path: str, state: str, dirty: int | None = None) -> dict[str, Any]:
+        """As the control interface's type `Disk`; `path` is that on the host that shows it."""
+        return {
+            "name": self.name,
+            "path": path,
+            "format": self.format,
+            "size_bytes": self.size,
+            "state": state,
+            "dirty_bytes": dirty,
+        }
+
     def encode(self) -> dict[str, Any]:
         """As DEFINE has it."""
         return {"name": self.name, "size": self.size, "format": self.format, "path": self.path}

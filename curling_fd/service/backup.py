@@ -19,7 +19,7 @@ from curling_fd.link.frames import Kind
 from curling_fd.link.pulse import REST_LIMIT, Pulse, rest_seconds
 from curling_fd.link.transport import FrameLink, Received
 from curling_fd.replica.image import Replica, Staged
-from curling_fd.service.copies import Copies
+from curling_fd.service.copies import SessionCopies
 from curling_fd.service.statistics import Counters
 from curling_fd.system.buffers import Buffer, BufferPool
 from curling_fd.system.nursery import open_nursery
@@ -90,12 +90,13 @@ class BackupSession:
         standby_failed: Callable[[], Awaitable[None]],
         committed: Callable[[], None],
         learned: Callable[[Any], None],
-        copies: Copies | None = None,
+        copies: SessionCopies | None = None,
         paused: bool = False,
         peer_rests: bool = False,
     ) -> None:
         self.paused = paused
-        self._copies = copies
+        self._disks = copies
+        self._copies = copies.copies if copies is not None else None
         self._link = link
         self._replica = replica
         self._counters = counters
@@ -139,6 +140,8 @@ class BackupSession:
                 nursery.start_soon(self._watch_pulse)
                 nursery.start_soon(self._watch_standby)
                 nursery.start_soon(self._notice_interruption)
+                if self._copies is not None:
+                    nursery.start_soon(self._copies.keep_synced)
                 async with trio.open_nursery() as applying:
                     applying.start_soon(self._apply_all, receive)
                     async with send:
@@ -258,10 +261,15 @@ class BackupSession:
     async def _take_disk(self, received: Received, buffer: Buffer) -> None:
         """A part of the first copy of the disks, or what was written meanwhile."""
         header = received.header
-        if self._copies is None or self._sequence:
+        if self._copies is None or self._disks is None or self._sequence:
             raise FrameError("a piece of a disk, which was not due")
+        self._disks.begun = True
         await work(header.length, self._copies.check, buffer.view, 0, header.length)
-        await trio.to_thread.run_sync(self._copies.apply, buffer.view, 0, header.length)
+        try:
+            await trio.to_thread.run_sync(self._copies.apply, buffer.view, 0, header.length)
+        except BaseException:
+            self._disks.spoiled = True
+            raise
         self._counters.bytes_total += header.length
         await self._link.send(Kind.DISK_ACK, self._generation, header.sequence)
 
@@ -288,8 +296,14 @@ class BackupSession:
             DiskCopyFailed: a disk could not be: there is no replica any more.
         """
         self._replica.commit(staged)
-        if self._copies is not None:
-            self._copies.apply(staged.view, *staged.disk)
+        if self._copies is not None and self._disks is not None:
+            self._disks.begun = True
+            try:
+                self._copies.apply(staged.view, *staged.disk)
+            except BaseException:
+                self._disks.spoiled = True
+                raise
+            self._disks.sequence = staged.sequence
 
     async def _commit(self, received: Received, buffer: Buffer) -> None:
         header = received.header
@@ -336,6 +350,8 @@ def definition_problem(content: dict[str, Any]) -> str | None:
             return f"its `{key}` is missing or of another type"
     if not content["argv"] or not all(_is_word(word) for word in content["argv"]):
         return "its command line is not one"
+    if not isinstance(content.get("disks"), list) or not _is_word(content.get("disk_basis")):
+        return "its `disks` or their basis are missing or of another type"
     if not _is_word(content["machine"]) or not all(isinstance(part, int) for part in content["version"]):
         return "its machine type or version is not one"
     if not isinstance(content.get("engine", {}), dict):

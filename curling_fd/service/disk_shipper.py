@@ -83,6 +83,9 @@ class DiskShipper:
             DiskLogFull, DiskLogFailed: the log has failed.
             FrameError: the backup's answers make no sense.
         """
+        for number, alike in enumerate(self._alike):
+            if not alike:
+                self.log.mark(number, 0, self.log.sizes[number])
         dirty = self.log.start()
         copiers: list[DiskCopier] = []
         try:

@@ -14,11 +14,14 @@ from curling_fd.service.record import VmRecord
 
 @asynccontextmanager
 async def greeted(
-    record: VmRecord, examined: Examined, sure: bool, became_sure: Callable[[], None]
-) -> AsyncIterator[FrameLink]:
+    record: VmRecord, examined: Examined, basis: str, sure: bool, became_sure: Callable[[], None]
+) -> AsyncIterator[tuple[FrameLink, tuple[bool, ...]]]:
     """A link to the peer of the VM of `record`, on which its standby waits; closed after the block.
 
+    Beside it, for each disk, whether the copy there is known by `basis`.
+
     Args:
+        basis: of the log of the VM's disks.
         sure: no backup of an earlier session may take the VM over.
         became_sure: called when that is so from now on.
 
@@ -40,11 +43,11 @@ async def greeted(
         if isinstance(record.arbiter, FileArbiter):
             token = await record.arbiter.leave_token(record.name)
         try:
-            await define(link, record.generation, examined, config, token)
+            alike = await define(link, record.generation, examined, config, token, basis)
         finally:
             if isinstance(record.arbiter, FileArbiter) and token is not None:
                 await record.arbiter.remove_token(token)
         record.remember(fenced=None, elsewhere=False)
-        yield link
+        yield link, alike
     finally:
         link.close()

@@ -37,6 +37,7 @@ from curling_fd.link.frames import Kind
 from curling_fd.link.transport import FrameLink, Received
 from curling_fd.sentences import sentence
 from curling_fd.service.backup import BackupSession, Dropped, HandedOver
+from curling_fd.service.copies import Closing
 from curling_fd.service.fence import discard_fenced, guest_runs_here
 from curling_fd.service.greeting import answers
 from curling_fd.service.network import VmNetwork
@@ -66,8 +67,13 @@ class Follower:
         self._suspicion: trio.CancelScope | None = None
         self._claiming = False  # from the question for the right to the end of the takeover
         self._heard = 0.0  # when the primary was heard last
+        self._closing = Closing(record.host.nursery)
+        record.disks.append(self._show_disks)
         self._done = trio.Event()
         self._done.set()
+
+    def _show_disks(self) -> list[dict[str, Any]]:
+        return self._kept.copies.show() if self._kept is not None and self._kept.copies is not None else []
 
     # A primary's connection.
 
@@ -181,13 +187,15 @@ class Follower:
         kept: Kept | None = None
         try:
             await link.send(Kind.WELCOME, record.generation, content={"host": record.host.name})
-            kept = await prepare(record, self._network, link)
+            await self._closing.done()
+            kept = await prepare(record, self._network, link, self._closing)
             record.remember(generation=max(kept.generation, record.generation))
-            await link.send(Kind.PREPARED, kept.generation)
+            alike = list(kept.copies.alike) if kept.copies is not None else []
+            await link.send(Kind.PREPARED, kept.generation, content={"alike": alike})
             record.advance(Event.PREPARED)
         except BaseException as error:
             if kept is not None:
-                kept.close()
+                self._close(kept)
             self._network.withdraw_soon()
             event = Event.LINK_LOST if isinstance(error, LinkError) else Event.REFUSED
             if allowed(record.state, event):
@@ -381,7 +389,7 @@ class Follower:
         record.advance(event, reason)
         await self._network.prepare()
         try:
-            await kept.close_copies()
+            await kept.give_disks_away()
             await activate(kept.standby.qmp_path, kept.replica, paused=kept.paused)
         except StandbyFailed as error:
             failed = StandbyFailed(error.problem, kept.standby.process.stderr_tail())
@@ -419,9 +427,15 @@ class Follower:
     def _drop(self) -> None:
         """The replica is of no use any more."""
         if self._kept is not None:
-            self._kept.close()
-            self._kept = None
+            kept, self._kept = self._kept, None
+            self._close(kept)
             self._network.withdraw_soon()
+
+    def _close(self, kept: Kept) -> None:
+        kept.close()
+        copies, kept.copies = kept.copies, None
+        if copies is not None:
+            self._closing.begin(copies)
 
     async def stop(self) -> None:
         """The daemon ends: leave the replica to the next, or drop it; a VM that runs here runs on."""
@@ -441,3 +455,4 @@ class Follower:
         if keeps and record.state is State.SUSPECT and self._kept is not None and not self._kept.copies:
             leave_replica(record, self._kept, None, silent=self._silent)
         self._drop()
+        await self._closing.done()

@@ -100,9 +100,20 @@ async def probe(link: FrameLink, host: str, vm: str, question: Mapping[str, Any]
 
 
 async def define(
-    link: FrameLink, generation: int, examined: Examined, config: VmConfig, token: str | None
-) -> None:
+    link: FrameLink,
+    generation: int,
+    examined: Examined,
+    config: VmConfig,
+    token: str | None,
+    basis: str,
+) -> tuple[bool, ...]:
     """Describe the VM and wait until a standby for it waits.
+
+    Args:
+        basis: of the log of its disks.
+
+    Returns:
+        For each disk, whether the backup has a copy that is known by that basis.
 
     Raises:
         PeerRefused: the backup cannot make one; it says why.
@@ -117,11 +128,16 @@ async def define(
         "engine": _described(examined.choice),
         "ports": [port.encode() for port in examined.cards.ports],
         "disks": [disk.encode() for disk in examined.disks],
+        "disk_basis": basis,
         "max_disk_log": HARD * config.disk_log_limit,
         "taps": {str(number): name for number, name in examined.cards.taps.items()},
     }
     await link.send(Kind.DEFINE, generation, content=content)
-    await _answer(link, Kind.PREPARED, PREPARE_TIMEOUT, generation)
+    answer = await _answer(link, Kind.PREPARED, PREPARE_TIMEOUT, generation)
+    alike = answer.content.get("alike")
+    if not isinstance(alike, list) or len(alike) != len(examined.disks):
+        raise FrameError("an answer to the description of a VM that does not fit its disks")
+    return tuple(entry is True for entry in alike)
 
 
 def _described(choice: Choice) -> dict[str, Any]:

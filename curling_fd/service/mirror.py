@@ -2,24 +2,18 @@
 
 Two commands make the mirror of a disk:
 
-    blockdev-add     node `curling-disk0`: an NBD client of the socket of disk 0
+    blockdev-add     node `curling-disk0`: an NBD client on a socket that QEMU is handed
     blockdev-mirror  job `curling-disk0`: from the disk to it; new writes only, and write-blocking: a write of
                      the guest is done when it was done on the disk and then answered by the endpoint
 
 A mirror outlives the session it was made for: without a backup its endpoint goes on answering, and the log it
 writes to only marks what was written. When it breaks, or QEMU ends the job, the guest runs on with its disk;
 the next session makes a new one, and compares everything.
-
-The socket is in a directory that only QEMU's user can reach, and takes one connection, of that QEMU.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
 import socket
-import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -33,8 +27,6 @@ from curling_fd.errors import CurlingError, DiskLogFailed, DiskUnfit, QmpCommand
 from curling_fd.nbd.server import Export
 from curling_fd.qmp.client import EventStream, QmpClient
 from curling_fd.qmp.protocol import Event
-
-_logger = logging.getLogger("curling")
 
 #: What our jobs, nodes and exports in a QEMU are called, and a number.
 _PREFIX = "curling-disk"
@@ -63,7 +55,7 @@ class DiskMirror:
     """The mirrors of all `disks` of a VM, and the log they write to. Made by `open_mirror`.
 
     Args:
-        directory: for the sockets; made, and removed by `close`.
+        directory: for the socket by which the disks are read, where only we may enter.
         nursery: where the endpoints are served.
 
     Attributes:
@@ -88,7 +80,7 @@ class DiskMirror:
 
     @property
     def directory(self) -> Path:
-        """Where its sockets are."""
+        """Where the disks are read."""
         return self._directory
 
     def fits(self, pid: int, disks: Sequence[Disk]) -> bool:
@@ -101,7 +93,6 @@ class DiskMirror:
         Raises:
             DiskUnfit: QEMU cannot; nothing of ours is left in it.
         """
-        self._make_directory(qmp.pid)
         with qmp.events() as events:
             try:
                 for number, disk in enumerate(self.disks):
@@ -113,9 +104,7 @@ class DiskMirror:
                         raise DiskUnfit(disk.name, problem, "QEMU's own log may say why") from None
                     except QmpCommandFailed as error:
                         problem = f"QEMU cannot mirror it: {error.description.rstrip('.')}"
-                        advice = (
-                            "Take away what keeps it from that; an AppArmor profile may, or a job on the disk"
-                        )
+                        advice = "Take away what keeps it from that: a job on the disk, say"
                         raise DiskUnfit(disk.name, problem, advice) from None
             except BaseException:
                 with trio.CancelScope(shield=True), suppress(QmpError):
@@ -123,25 +112,13 @@ class DiskMirror:
                 raise
 
     async def _attach(self, qmp: QmpClient, events: EventStream, number: int, disk: Disk) -> None:
-        name, path = ident(number), self._directory / str(number)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
-            listener.bind(str(path))
-            os.chmod(path, 0o600)
-            _give(path, qmp.pid)
-            listener.listen(1)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._accept, listener, number, disk)
-                node = {
-                    "driver": "nbd",
-                    "node-name": name,
-                    "server": {"type": "unix", "path": str(path)},
-                    "export": name,
-                }
-                try:
-                    await qmp.execute("blockdev-add", node)
-                finally:
-                    nursery.cancel_scope.cancel()
-        path.unlink()
+        name = ident(number)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._serve_soon(ours, number, disk)
+            await qmp.hand_over(name, theirs.fileno())
+        node = {"driver": "nbd", "node-name": name, "server": {"type": "fd", "str": name}, "export": name}
+        await qmp.execute("blockdev-add", node)
         job = {
             "job-id": name,
             "device": disk.node,
@@ -160,21 +137,13 @@ class DiskMirror:
                     break
         raise DiskUnfit(disk.name, "QEMU's mirror of it ended at once", "QEMU's own log may say why")
 
-    async def _accept(self, listener: socket.socket, number: int, disk: Disk) -> None:
-        """Take QEMU's connection; it is served from then on."""
-        while True:
-            await trio.lowlevel.wait_readable(listener)
-            sock, _ = listener.accept()
-            pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            if pid == self.pid:
-                endpoint = DiskEndpoint(sock, Export(ident(number), disk.size), self.log.sink(number))
-                self._endpoints.append(endpoint)
-                self._serving += 1
-                self._idle = trio.Event()
-                self._nursery.start_soon(self._serve, endpoint, sock, disk)
-                return
-            _logger.warning("process %d, which is not QEMU, connected to %s", pid, self._directory)
-            sock.close()
+    def _serve_soon(self, sock: socket.socket, number: int, disk: Disk) -> None:
+        """Answer on `sock`, which is owned from here on."""
+        endpoint = DiskEndpoint(sock, Export(ident(number), disk.size), self.log.sink(number))
+        self._endpoints.append(endpoint)
+        self._serving += 1
+        self._idle = trio.Event()
+        self._nursery.start_soon(self._serve, endpoint, sock, disk)
 
     async def _serve(self, endpoint: DiskEndpoint, sock: socket.socket, disk: Disk) -> None:
         problem = "QEMU has closed its connection"
@@ -227,29 +196,6 @@ class DiskMirror:
             endpoint.abort()
         await self._idle.wait()
         self.log.free()
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-    def _make_directory(self, pid: int) -> None:
-        shutil.rmtree(self._directory, ignore_errors=True)
-        self._directory.mkdir(mode=0o700, parents=True)
-        # Who may not enter this one reaches none of what is below.
-        os.chmod(self._directory.parent, 0o711)
-        _give(self._directory, pid)
-
-
-def _give(path: Path, pid: int) -> None:
-    """Make the user of process `pid` the owner of `path`."""
-    user = _user_of(pid)
-    if user != os.geteuid():
-        os.chown(path, user, -1)
-
-
-def _user_of(pid: int) -> int:
-    """The effective user of a process. Not the owner of its directory in /proc: that is root for many."""
-    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith("Uid:"):
-            return int(line.split()[2])
-    raise ProcessLookupError(pid)
 
 
 async def sweep(qmp: QmpClient) -> None:
@@ -304,6 +250,7 @@ async def exported(qmp: QmpClient, directory: Path, disks: Sequence[Disk]) -> As
     """
     path = directory / "export"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # a daemon that was killed has left it
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
         listener.bind(str(path))
         listener.listen(len(disks))

@@ -34,8 +34,10 @@ class PassReport:
 
     def over(self) -> None:
         """The backup has a first whole checkpoint."""
-        if (copied := self._copy.summary()) is not None:
-            self._record.note("disk-copy", copied)
+        copied = self._copy.last
+        if copied is not None:
+            words = self._copy.summary()
+            self._record.note("disk-copy", words, looked_at_bytes=copied.total, sent_bytes=copied.sent)
         self._record.note("first-pass", self._meter.summary())
 
     def _raised(self, limit: int) -> None:

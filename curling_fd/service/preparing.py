@@ -16,7 +16,7 @@ from curling_fd.link.frames import HEAD_SIZE, Kind
 from curling_fd.link.transport import FrameLink
 from curling_fd.replica.image import Replica
 from curling_fd.service.backup import definition_problem
-from curling_fd.service.copies import Copies
+from curling_fd.service.copies import Closing, SessionCopies
 from curling_fd.service.network import VmNetwork, decode_ports, decode_taps
 from curling_fd.service.record import VmRecord
 from curling_fd.service.restart import Kept
@@ -28,8 +28,11 @@ from curling_fd.vmstate.records import Block
 _DEFINE_TIMEOUT = 30.0
 
 
-async def prepare(record: VmRecord, network: VmNetwork, link: FrameLink) -> Kept:
+async def prepare(record: VmRecord, network: VmNetwork, link: FrameLink, closing: Closing) -> Kept:
     """A standby for the VM the primary describes on `link` (borrowed), and copies of its disks.
+
+    Args:
+        closing: where copies go of which nothing comes.
 
     Raises:
         PrecheckFailed: why there can be none here.
@@ -47,7 +50,7 @@ async def prepare(record: VmRecord, network: VmNetwork, link: FrameLink) -> Kept
     _show(record, content)
     memory = [Block(name, size) for name, size in content["memory"]]
     record.ram_bytes = sum(block.size for block in memory)
-    copies = await _open_copies(record, content)
+    copies = await _open_copies(record, content, received.header.generation)
     try:
         max_disk_log = content["max_disk_log"] if copies is not None else 0
         max_raw = HEAD_SIZE + max(content["max_checkpoint"], PIECE) + max_disk_log
@@ -64,18 +67,22 @@ async def prepare(record: VmRecord, network: VmNetwork, link: FrameLink) -> Kept
         )
     except BaseException:
         if copies is not None:
-            copies.close()
+            closing.begin(copies)
         raise
     return Kept(standby, Replica(standby.images), received.header.generation, max_raw, copies=copies)
 
 
-async def _open_copies(record: VmRecord, content: dict[str, Any]) -> Copies | None:
-    disks = decode(content.get("disks", []))
+async def _open_copies(record: VmRecord, content: dict[str, Any], generation: int) -> SessionCopies | None:
+    disks = decode(content["disks"])
     if not disks:
         return None
     # The same change as to the command line, where the path stands.
-    paths = Paths("", record.config.standby.replace)
-    return Copies(disks, [paths.read(disk.path) for disk in disks])
+    told = Paths("", record.config.standby.replace)
+    paths = [told.read(disk.path) for disk in disks]
+    markers, basis = record.host.markers, content["disk_basis"]
+    return await trio.to_thread.run_sync(
+        SessionCopies.open, record.name, markers, disks, paths, basis, generation
+    )
 
 
 async def _check_arbiter(record: VmRecord, token: object) -> None:

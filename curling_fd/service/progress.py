@@ -53,25 +53,28 @@ class _Speed:
 
 
 class CopyMeter:
-    """Watches the copy of a VM's disks, held to `limit` bytes a second if that is not None."""
+    """Watches the copy of a VM's disks, held to `limit` bytes a second if that is not None.
+
+    Attributes:
+        last: how far it was when it was heard of last.
+    """
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
         self._speed: _Speed | None = None
-        self._last: CopyProgress | None = None
+        self.last: CopyProgress | None = None
 
     def done(self, copied: CopyProgress) -> Progress:
         """The copy is that far."""
         if self._speed is None:
             self._speed = _Speed()
-        self._last = copied
+        self.last = copied
         return Progress("disk copy", copied.done, copied.total, self._speed.at(copied.done), self._limit)
 
-    def summary(self) -> str | None:
-        """The whole copy in words, once it is over; None if there was none."""
-        if self._last is None:
-            return None
-        return f"{format_size(self._last.total)} of the disks, {format_size(self._last.sent)} of them sent"
+    def summary(self) -> str:
+        """The whole copy in words, once it is over."""
+        assert self.last is not None
+        return f"{format_size(self.last.total)} of the disks looked at, {format_size(self.last.sent)} sent"
 
 
 class PassMeter:

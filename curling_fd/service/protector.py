@@ -380,10 +380,10 @@ class Protector:
                 )
                 record.choice = examined.choice
                 record.ram_bytes = sum(block.size for block in examined.memory)
-                async with greeted(record, examined, self._sure, self._is_sure) as link:
+                basis = self._disks.basis(qmp.pid, examined.disks)
+                async with greeted(record, examined, basis, self._sure, self._is_sure) as (link, alike):
                     record.advance(Event.PREPARED)
                     mirror = await self._disks.mirror(qmp, examined.disks)
-                    alike = [False for _ in examined.disks]
                     await self._session_on(
                         qmp, events, examined.choice, examined.cards, link, mirror=mirror, alike=alike
                     )

@@ -32,7 +32,7 @@ from curling_fd.link.transport import FrameLink
 from curling_fd.qmp.client import EventStream, MonitorLeft, QmpClient
 from curling_fd.qmp.protocol import Event
 from curling_fd.replica.image import Replica, ReplicaLeft
-from curling_fd.service.copies import Copies
+from curling_fd.service.copies import SessionCopies
 from curling_fd.service.primary import PrimarySession
 from curling_fd.service.record import VmRecord
 from curling_fd.service.standby import Standby
@@ -197,17 +197,20 @@ class Kept:
     max_raw: int
     paused: bool = False
     peer_rests: bool = False
-    copies: Copies | None = None
+    copies: SessionCopies | None = None
 
-    async def close_copies(self) -> None:
-        """Let the standby have the disks."""
+    async def give_disks_away(self) -> None:
+        """Let the standby have the disks.
+
+        Raises:
+            DiskCopyFailed: they are not what they must be.
+        """
         copies, self.copies = self.copies, None
         if copies is not None:
-            await trio.to_thread.run_sync(copies.close)
+            await trio.to_thread.run_sync(copies.give_away)
 
     def close(self) -> None:
-        if self.copies is not None:
-            self.copies.close()
+        """Give it up, but for the copies."""
         self.replica.close()
         self.standby.close()
 
