@@ -31,7 +31,7 @@ async def frames(port: int, pages: int, count: int) -> None:
     link = FrameLink(await connect(("127.0.0.1", port)))
     opening = Buffer("bench-pass", len(piece))
     opening.view[:] = piece
-    await link.send_raw(Header(Kind.BULK, GENERATION, 1, len(piece)), b"", opening, len(piece))
+    await link.send_raw(Header(Kind.BULK, GENERATION, 1, len(piece)), b"", (opening, len(piece)))
     slots = trio.Semaphore(_IN_FLIGHT)
     acknowledged = trio.Event()
 
@@ -51,7 +51,7 @@ async def frames(port: int, pages: int, count: int) -> None:
         for sequence in range(1, count + 1):
             await slots.acquire()
             header = Header(Kind.CHECKPOINT, GENERATION, sequence, head.payload_size)
-            await link.send_raw(header, head.encode(), buffer, head.ram + head.device)
+            await link.send_raw(header, head.encode(), (buffer, head.ram + head.device))
         await acknowledged.wait()
         # The backup closes the link, and with it ends the task above.
         await link.send(Kind.END, GENERATION)

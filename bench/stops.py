@@ -123,7 +123,7 @@ async def primary(qemu: Executable, memory: str = "512M", pages: int = 32768) ->
     async with LabVm(guest=DirtyGuest(pages, memory), qemu=qemu) as vm:
         await vm.console.wait_ready(within=BOOT_SECONDS)
         async with open_qmp(vm.operator) as qmp:
-            yield Bench(vm, qmp, (await examine(qmp, "incremental", [])).choice, qemu)
+            yield Bench(vm, qmp, (await examine(qmp, "incremental")).choice, qemu)
 
 
 async def record(events: EventStream, count: int, warm_up: int = WARM_UP) -> list[float]:

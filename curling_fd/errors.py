@@ -17,11 +17,18 @@
     |   |-- StreamError           QEMU's migration stream
     |   |-- ColoError             QEMU's checkpoint messages
     |   |-- FrameError            the link between daemons
-    |   `-- VarlinkError          the control socket
+    |   |-- VarlinkError          the control socket
+    |   `-- NbdError              a disk's connection to or from QEMU
+    |-- NbdRequestFailed          QEMU could not read or write a disk for us
     |-- PrecheckFailed            found out before the guest was touched
     |   |-- MigrationBlocked, WritableDisk, MachineMismatch, HostsDisagree, NotEnoughMemory
     |   |-- StandbyFailed, CannotDerive, EngineUnavailable, GuestNotRunning, InsecurePeer
     |   |-- CannotHold            packets of a network card cannot be held back
+    |   |-- DiskUnfit             a disk that cannot be replicated
+    |   `-- CopyUnfit             what is to be the backup's copy of a disk
+    |       |-- CopyMissing, CopyWrongSize, CopyWrongFormat, CopyBacked
+    |       |-- CopyInUse         another process has it
+    |       `-- CopyReadOnly, CopyUnusable
     |-- LinkError                 between the two daemons
     |   |-- PeerUnreachable, PeerIncompatible, PeerRefused
     |   |-- LinkLost              it worked and then stopped working
@@ -29,6 +36,10 @@
     |   `-- StaleGeneration       the VM has been taken over since
     |-- CaptureError              a checkpoint could not be taken
     |   |-- CheckpointTooLarge, CheckpointTimeout, EngineFailed
+    |-- DiskError                 the disks could not be kept the same; the guest's own are fine
+    |   |-- DiskLogFull           it writes faster than that can be taken away
+    |   |-- DiskLogFailed         QEMU did not deliver what it began
+    |   `-- DiskCopyFailed        the backup's copy could not be read or written
     |-- OutputError               the guest's packets could not be held, or let out
     |   |-- ModuleMissing         the kernel lacks what holds them
     |   `-- PortTaken             another program steers the port's packets
@@ -44,7 +55,8 @@
         |-- QemuDied              QEMU is gone without a word; the backup may have the VM
         `-- Unprotected           an operator ended it
 
-The sentences people read are made from these in `curling_fd.sentences`, nowhere else.
+Those of disks are defined in `curling_fd.disk.errors`, and belong to this tree like the rest. The sentences
+people read are made from these in `curling_fd.sentences`, nowhere else.
 """
 
 from __future__ import annotations
@@ -53,14 +65,10 @@ from typing import Any
 
 from attrs import define
 
-
-class CurlingError(Exception):
-    """The root. Subclasses are attrs classes; their attributes are the facts of the case."""
-
-    def __str__(self) -> str:
-        from curling_fd.sentences import sentence
-
-        return sentence(self).text
+# Whoever raises or catches an error has it from here.
+from curling_fd.disk.errors import *  # noqa: F403
+from curling_fd.error_roots import *  # noqa: F403
+from curling_fd.error_roots import CurlingError, PrecheckFailed, RemoteProtocolError
 
 
 @define(auto_exc=True, slots=False, str=False, eq=False)
@@ -184,10 +192,6 @@ class QmpTimeout(QmpError):
     seconds: float
 
 
-class RemoteProtocolError(CurlingError):
-    """The other side sent what its protocol does not allow. Always final for that connection."""
-
-
 @define(auto_exc=True, slots=False, str=False, eq=False)
 class StreamError(RemoteProtocolError):
     """QEMU's migration stream is not what the format says, `offset` bytes into it."""
@@ -209,10 +213,6 @@ class FrameError(RemoteProtocolError):
 @define(auto_exc=True, slots=False, str=False, eq=False)
 class VarlinkError(RemoteProtocolError):
     problem: str
-
-
-class PrecheckFailed(CurlingError):
-    """Protection cannot start; the guest was not touched."""
 
 
 @define(auto_exc=True, slots=False, str=False, eq=False)

@@ -15,6 +15,7 @@ from typing import Any
 from attrs import frozen
 
 from curling_fd import errors
+from curling_fd.disk import words as disk_words
 from curling_fd.units import format_duration, format_size
 from curling_fd.varlink.protocol import SERVICE_INTERFACE, ErrorReply, split_method
 
@@ -34,6 +35,7 @@ INTERNAL_ERROR = Sentence(
 """For an exception that is none of ours: the client gets this, the journal the traceback."""
 
 _WORDS: dict[type[errors.CurlingError], tuple[str, str]] = {
+    **disk_words.WORDS,
     errors.CannotListen: (
         "This curlingd cannot listen on {address} for other hosts: {problem}.",
         "End the program that has the port ('ss -ltnp' shows it), or correct listen in curlingd.toml, and "
@@ -299,6 +301,10 @@ def has_words(kind: type[errors.CurlingError]) -> bool:
     return kind in _WORDS or kind in sentence.registry
 
 
+for _kind, _words in disk_words.FORMED.items():
+    sentence.register(_kind, lambda error, words=_words: Sentence(*words(error)))
+
+
 @sentence.register
 def _(error: errors.ConfigError) -> Sentence:
     where = f"{error.path}: {error.key}" if error.key else error.path
@@ -364,11 +370,13 @@ def _(error: errors.MigrationBlocked) -> Sentence:
 
 @sentence.register
 def _(error: errors.WritableDisk) -> Sentence:
-    disks, them = ("disk", "it") if len(error.devices) == 1 else ("disks", "them")
+    disks, them, their = ("disk", "it", "its") if len(error.devices) == 1 else ("disks", "them", "their")
     return Sentence(
-        f"The guest can write to the {disks} {_and(error.devices)}, and Curling does not replicate disks.",
-        f"Until Curling replicates disks, list {them} under shared_disks (storage both hosts see) or "
-        f"scratch_disks (content that may be lost) in the VM's file, or make {them} read-only.",
+        f"The guest can write to the shared {disks} {_and(error.devices)}: after a failover {their} content "
+        "would be newer than the guest's memory, and a file system there be damaged.",
+        f"Give the VM a disk of its own on each host and take {them} out of shared_disks in the VM's file, "
+        f"so that Curling replicates {them}; or make {them} read-only; or list {them} under scratch_disks, "
+        "if the content may be lost.",
     )
 
 

@@ -197,6 +197,7 @@ def details(vm: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("peer", word(vm.get("peer"))),
         ("generation", f"{word(vm.get('generation'))}, arbiter {word(vm.get('arbiter'))}"),
         ("memory", size(vm.get("ram_bytes") or None)),
+        *(("disk", disk_line(disk)) for disk in vm.get("disks") or ()),
     ]
     if output := vm.get("output"):
         held = f"{count(vm.get('held_packets'))} packets held, {size(vm.get('held_bytes'))}"
@@ -230,6 +231,14 @@ def details(vm: Mapping[str, Any]) -> list[tuple[str, str]]:
                 )
             )
     return rows
+
+
+def disk_line(disk: Mapping[str, Any]) -> str:
+    """A replicated disk, or its copy."""
+    dirty = disk.get("dirty_bytes")
+    marked = f", {size(dirty)} to be copied" if dirty is not None else ""
+    what = f"{word(disk.get('format'))}, {size(disk.get('size_bytes'))}, {word(disk.get('path'))}"
+    return f"{word(disk.get('name'))}: {word(disk.get('state'))}{marked} ({what})"
 
 
 def event_line(event: Mapping[str, Any], now: float) -> str:

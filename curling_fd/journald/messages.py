@@ -125,6 +125,10 @@ FIELDS = {
     "failover_ms": Field(
         "CURLING_FAILOVER_MS", "from the decision to run to the running guest, milliseconds"
     ),
+    "looked_at_bytes": Field(
+        "CURLING_DISK_LOOKED_AT", "bytes of the disks in which their copies could differ"
+    ),
+    "sent_bytes": Field("CURLING_DISK_SENT", "bytes that had to be sent for them"),
 }
 """What an event of ours carries, by its name there."""
 

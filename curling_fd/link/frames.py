@@ -11,7 +11,9 @@ there against faults, not against attackers; those are TLS's business. Integers 
 
 The payload of CHECKPOINT is a `CheckpointHead` and then the RAM sections in QEMU's own encoding, the device
 state, and the disk log. The payload of BULK, a piece of a first pass, is whole records of the migration
-stream. All other payloads are JSON objects or empty. Who sends what, and when, is in docs/protocol.md.
+stream; that of DISK a disk log (`curling_fd.disk.log`). Payloads of OFFER and WANT are made in
+`curling_fd.disk.compare`. All others are JSON objects or empty. Who sends what, and when, is in
+docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from attrs import frozen
 from curling_fd.errors import FrameError
 
 #: Version of everything in this file and in docs/protocol.md. Both sides must have the same.
-PROTOCOL = 2
+PROTOCOL = 3
 
 _MAGIC = b"CRLG"
 _COMMIT = b"CMIT"
@@ -67,10 +69,17 @@ class Kind(IntEnum):
     RESTING = 16  # both: everything of yours is answered, and nothing more comes before you are back
     PROBE = 17  # in place of HELLO, and from either host: how are you?
     FACTS = 18  # the answer
+    DISK = 19  # P: what is to be written to the copies of the disks, before the first checkpoint
+    DISK_ACK = 20  # B: that is done
+    OFFER = 21  # P: digests of what is on a disk
+    WANT = 22  # B: which of these blocks the copy lacks
 
 
-#: Kinds whose payload goes to a memfd; the payload of the others is JSON or empty.
-RAW = frozenset({Kind.BULK, Kind.CHECKPOINT})
+#: Kinds whose payload goes to a memfd; the payload of the others, but for BYTES, is JSON or empty.
+RAW = frozenset({Kind.BULK, Kind.CHECKPOINT, Kind.DISK})
+
+#: Kinds whose payload is bytes of a form of its own, no longer than a JSON object may be.
+BYTES = frozenset({Kind.OFFER, Kind.WANT})
 
 
 @frozen
@@ -91,7 +100,7 @@ class Header:
         """Read a header of 40 bytes.
 
         Args:
-            max_raw: the longest BULK or CHECKPOINT payload the caller has room for, in bytes.
+            max_raw: the longest BULK, CHECKPOINT or DISK payload the caller has room for, in bytes.
 
         Raises:
             FrameError: it is damaged, of an unknown kind, or too long.
@@ -173,6 +182,11 @@ def encode_json(
 ) -> bytes:
     """A whole frame with a JSON payload, or an empty one."""
     payload = json.dumps(content, separators=(",", ":")).encode() if content is not None else b""
+    return encode_bytes(kind, generation, sequence, payload)
+
+
+def encode_bytes(kind: Kind, generation: int, sequence: int, payload: bytes) -> bytes:
+    """A whole frame with a payload that is not in a memfd."""
     header = Header(kind, generation, sequence, len(payload)).encode()
     return header + payload + encode_trailer(sequence, digest(header, payload))
 

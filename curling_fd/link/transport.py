@@ -11,7 +11,7 @@ import fcntl
 import math
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from attrs import define, field, frozen
 
 from curling_fd.errors import FrameError, LinkClosed, LinkLost, PeerUnreachable
 from curling_fd.link.frames import (
+    BYTES,
     HEADER_SIZE,
     RAW,
     TRAILER_SIZE,
@@ -28,6 +29,7 @@ from curling_fd.link.frames import (
     check_trailer,
     decode_json,
     digest,
+    encode_bytes,
     encode_json,
     encode_trailer,
 )
@@ -54,13 +56,15 @@ class Received:
     """A whole frame whose digest was right.
 
     Attributes:
-        content: the JSON object of all kinds but BULK and CHECKPOINT.
-        buffer: where the payload of those two lies, from offset 0 on; the receiver's to give back.
+        content: the JSON object of all kinds but those of RAW and BYTES.
+        payload: of a kind of BYTES.
+        buffer: where the payload of those lies, from offset 0 on; the receiver's to give back.
     """
 
     header: Header
     content: dict[str, Any]
     buffer: Buffer | None = None
+    payload: bytes = b""
 
 
 @define
@@ -82,12 +86,12 @@ class FrameLink:
     """One connection between two daemons. Owns its socket and its pipe until `close`.
 
     A frame that was begun is finished even if its task is cancelled (unless nothing moves for `STALL`
-    seconds or the link is closed): so the link stays of use to say goodbye on. Only a BULK or CHECKPOINT
-    frame that is being received can be cut short by cancelling.
+    seconds or the link is closed): so the link stays of use to say goodbye on. Only a frame of RAW that
+    is being received can be cut short by cancelling.
 
     Args:
         sock: a connected TCP socket; ownership passes to the link.
-        max_raw: longest BULK or CHECKPOINT payload that is taken, in bytes.
+        max_raw: longest payload of a kind of RAW that is taken, in bytes.
         acquire: gives the buffer for such a payload; waiting in it stops the sender (I6).
         release: takes a buffer back when its frame broke off.
 
@@ -131,24 +135,32 @@ class FrameLink:
         content: Mapping[str, Any] | None = None,
     ) -> None:
         """Send a frame with a JSON payload, or an empty one."""
+        await self._send_whole(encode_json(kind, generation, sequence, content))
+
+    async def send_payload(self, kind: Kind, generation: int, sequence: int, payload: bytes) -> None:
+        """Send a frame of a kind of BYTES."""
+        await self._send_whole(encode_bytes(kind, generation, sequence, payload))
+
+    async def _send_whole(self, frame: bytes) -> None:
         async with self._send_lock:
             with self._whole_frame():
-                await self._send_bytes(encode_json(kind, generation, sequence, content))
+                await self._send_bytes(frame)
             self.statistics.frames_sent += 1
 
-    async def send_raw(self, header: Header, preface: bytes, buffer: Buffer, length: int) -> None:
-        """Send a frame whose payload is `preface` and the first `length` bytes of `buffer`.
+    async def send_raw(self, header: Header, preface: bytes, *parts: tuple[Buffer, int]) -> None:
+        """Send a frame whose payload is `preface` and then of each of `parts` so many bytes of the buffer.
 
-        The buffer is borrowed until the frame is acknowledged, not only until this returns: sendfile
+        The buffers are borrowed until the frame is acknowledged, not only until this returns: sendfile
         lets the socket refer to the very pages.
         """
         head = header.encode()
-        frame_digest = await work(length, digest, head, preface, buffer.view[:length])
+        frame_digest = await _digest(head, preface, parts)
         async with self._send_lock:
             with self._whole_frame() as scope:
                 # MSG_MORE: header and payload share segments.
                 await self._send_bytes(head + preface, socket.MSG_MORE)
-                await self._send_file(buffer.fd, length, scope)
+                for buffer, length in parts:
+                    await self._send_file(buffer.fd, length, scope)
                 await self._send_bytes(encode_trailer(header.sequence, frame_digest))
             self.statistics.frames_sent += 1
 
@@ -169,7 +181,10 @@ class FrameLink:
                     payload = await self._receive_bytes(header.length)
                     trailer = await self._receive_bytes(TRAILER_SIZE)
                     check_trailer(trailer, header.sequence, digest(head, payload))
-                    received = Received(header, decode_json(payload))
+                    if header.kind in BYTES:
+                        received = Received(header, {}, payload=payload)
+                    else:
+                        received = Received(header, decode_json(payload))
             if header.kind in RAW:
                 received = await self._receive_raw(header, head)
         finally:
@@ -294,6 +309,12 @@ class FrameLink:
     def _heard(self, count: int) -> None:
         self.statistics.received += count
         self.statistics.heard = trio.current_time()
+
+
+async def _digest(head: bytes, preface: bytes, parts: Sequence[tuple[Buffer, int]]) -> bytes:
+    # No view of a buffer may outlive this: sending can take long, and the buffer be closed meanwhile.
+    views = [buffer.view[:length] for buffer, length in parts]
+    return await work(sum(map(len, views)), digest, head, preface, *views)
 
 
 async def connect(address: tuple[str, int]) -> trio.socket.SocketType:

@@ -36,13 +36,17 @@ SMALL_BLOCKS_LIMIT = 1 << 30
 
 @frozen
 class Staged:
-    """A whole and valid checkpoint that is not committed yet. Borrows the buffer it lies in."""
+    """A whole and valid checkpoint that is not committed yet. Borrows the buffer it lies in.
+
+    `disk` says where in `view` its disk log starts and ends; that is checked by who has the disks.
+    """
 
     sequence: int
     view: memoryview
     runs: tuple[PageRun | FillRun, ...]
     device: bytes
     last_block: str | None
+    disk: tuple[int, int]
 
 
 @frozen
@@ -157,10 +161,10 @@ class Replica:
             raise FrameError("a checkpoint whose memory part is not whole")
         if not head.device:
             raise FrameError("a checkpoint without device state")
-        if head.disk:
-            raise FrameError("a checkpoint with a disk log, and no disk is replicated")
-        device = bytes(view[end : end + head.device])
-        return Staged(sequence, view, tuple(_runs(scanner.drain())), device, scanner.last_block)
+        log = end + head.device
+        device = bytes(view[end:log])
+        runs = tuple(_runs(scanner.drain()))
+        return Staged(sequence, view, runs, device, scanner.last_block, (log, log + head.disk))
 
     def commit(self, staged: Staged) -> None:
         """Make the replica the checkpoint `staged`. Done twice it is the same as done once."""

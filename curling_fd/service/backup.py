@@ -18,7 +18,8 @@ from curling_fd.errors import FrameError, LinkLost
 from curling_fd.link.frames import Kind
 from curling_fd.link.pulse import REST_LIMIT, Pulse, rest_seconds
 from curling_fd.link.transport import FrameLink, Received
-from curling_fd.replica.image import Replica
+from curling_fd.replica.image import Replica, Staged
+from curling_fd.service.copies import SessionCopies
 from curling_fd.service.statistics import Counters
 from curling_fd.system.buffers import Buffer, BufferPool
 from curling_fd.system.nursery import open_nursery
@@ -69,6 +70,7 @@ class BackupSession:
         standby_failed: returns never, and raises when the standby is gone; watched once it has rehearsed.
         committed: called after the first acknowledgement.
         learned: told the guest's addresses, as the primary has sent them.
+        copies: of the disks, if any are replicated; borrowed.
 
     Attributes:
         paused: the operator has paused the guest on the primary.
@@ -88,10 +90,13 @@ class BackupSession:
         standby_failed: Callable[[], Awaitable[None]],
         committed: Callable[[], None],
         learned: Callable[[Any], None],
+        copies: SessionCopies | None = None,
         paused: bool = False,
         peer_rests: bool = False,
     ) -> None:
         self.paused = paused
+        self._disks = copies
+        self._copies = copies.copies if copies is not None else None
         self._link = link
         self._replica = replica
         self._counters = counters
@@ -113,7 +118,7 @@ class BackupSession:
         self._interrupted = trio.Event()
         self._resting = trio.CancelScope()
         self._why = ""
-        self._bulk_sequence = 0
+        self._expected = {Kind.BULK: 0, Kind.DISK: 0}
         self._sequence = replica.committed
         link.max_raw = max_raw
         link.acquire = self._pool.acquire
@@ -135,6 +140,8 @@ class BackupSession:
                 nursery.start_soon(self._watch_pulse)
                 nursery.start_soon(self._watch_standby)
                 nursery.start_soon(self._notice_interruption)
+                if self._copies is not None:
+                    nursery.start_soon(self._copies.keep_synced)
                 async with trio.open_nursery() as applying:
                     applying.start_soon(self._apply_all, receive)
                     async with send:
@@ -157,7 +164,7 @@ class BackupSession:
     @property
     def can_rest(self) -> bool:
         """Whether there is something that the next daemon can go on with."""
-        return self._first_committed.is_set()
+        return self._first_committed.is_set() and self._copies is None
 
     def interrupt(self, why: str) -> None:
         """Let go of the primary: `run` raises LinkLost. A checkpoint that is whole is committed first."""
@@ -201,6 +208,8 @@ class BackupSession:
                     await self._link.send(Kind.RESTING, self._generation)
                 case Kind.RESTING:
                     pass  # to the daemon before us, which did not wait for it
+                case Kind.OFFER:
+                    await channel.send(received)  # answered when what came before it is applied
                 case Kind.NOTE:
                     self.paused = bool(content.get("paused", self.paused))
                     if "learned" in content:
@@ -219,9 +228,9 @@ class BackupSession:
         header = received.header
         if header.generation != self._generation:
             raise FrameError(f"a {header.kind.name} frame of generation {header.generation}")
-        if header.kind is Kind.BULK:
-            self._bulk_sequence += 1
-            expected = self._bulk_sequence
+        if header.kind in self._expected:
+            self._expected[header.kind] += 1
+            expected = self._expected[header.kind]
         else:
             self._sequence += 1
             expected = self._sequence
@@ -231,10 +240,14 @@ class BackupSession:
     async def _apply_all(self, channel: trio.MemoryReceiveChannel[Received]) -> None:
         async for received in channel:
             buffer = received.buffer
-            assert buffer is not None
+            if buffer is None:
+                await self._compare(received)
+                continue
             try:
                 if received.header.kind is Kind.BULK:
                     await self._take_piece(received, buffer)
+                elif received.header.kind is Kind.DISK:
+                    await self._take_disk(received, buffer)
                 else:
                     await self._commit(received, buffer)
             finally:
@@ -245,12 +258,59 @@ class BackupSession:
         self._counters.bytes_total += received.header.length
         await self._link.send(Kind.BULK_ACK, self._generation, received.header.sequence)
 
+    async def _take_disk(self, received: Received, buffer: Buffer) -> None:
+        """A part of the first copy of the disks, or what was written meanwhile."""
+        header = received.header
+        if self._copies is None or self._disks is None or self._sequence:
+            raise FrameError("a piece of a disk, which was not due")
+        self._disks.begun = True
+        await work(header.length, self._copies.check, buffer.view, 0, header.length)
+        try:
+            await trio.to_thread.run_sync(self._copies.apply, buffer.view, 0, header.length)
+        except BaseException:
+            self._disks.spoiled = True
+            raise
+        self._counters.bytes_total += header.length
+        await self._link.send(Kind.DISK_ACK, self._generation, header.sequence)
+
+    async def _compare(self, received: Received) -> None:
+        """Say which of the blocks that are offered the copy lacks."""
+        if self._copies is None or self._sequence:
+            raise FrameError("an offer of blocks of a disk, which was not due")
+        answer = await trio.to_thread.run_sync(self._copies.answer, received.payload)
+        await self._link.send_payload(Kind.WANT, self._generation, received.header.sequence, answer)
+
+    def _stage(self, sequence: int, view: memoryview, length: int) -> Staged:
+        staged = self._replica.stage(sequence, view, length)
+        start, end = staged.disk
+        if self._copies is not None:
+            self._copies.check(view, start, end)
+        elif start != end:
+            raise FrameError("a checkpoint with a disk log, and no disk is replicated")
+        return staged
+
+    def _make(self, staged: Staged) -> None:
+        """Have memory and disks be the checkpoint `staged`.
+
+        Raises:
+            DiskCopyFailed: a disk could not be: there is no replica any more.
+        """
+        self._replica.commit(staged)
+        if self._copies is not None and self._disks is not None:
+            self._disks.begun = True
+            try:
+                self._copies.apply(staged.view, *staged.disk)
+            except BaseException:
+                self._disks.spoiled = True
+                raise
+            self._disks.sequence = staged.sequence
+
     async def _commit(self, received: Received, buffer: Buffer) -> None:
         header = received.header
         length = header.length
-        staged = await work(length, self._replica.stage, header.sequence, buffer.view, length)
+        staged = await work(length, self._stage, header.sequence, buffer.view, length)
         if header.sequence == 1:
-            await trio.to_thread.run_sync(self._replica.commit, staged)
+            await trio.to_thread.run_sync(self._make, staged)
             await self._rehearse()
             await self._link.send(Kind.ACK, self._generation, 1)
             self._first_committed.set()
@@ -261,9 +321,15 @@ class BackupSession:
                 try:
                     await self._link.send(Kind.ACK, self._generation, header.sequence)
                 finally:
-                    await work(length, self._replica.commit, staged)
+                    await self._work(length, staged)
         self._counters.captured(sum(run.count for run in staged.runs), length)
         self._counters.commit(header.sequence)
+
+    async def _work(self, length: int, staged: Staged) -> None:
+        if self._copies is not None and staged.disk[0] != staged.disk[1]:
+            await trio.to_thread.run_sync(self._make, staged)  # a disk can be slow
+        else:
+            await work(length, self._make, staged)
 
     async def _watch_pulse(self) -> None:
         """Watch the primary from its first frame on: before it, the primary prepares its QEMU."""
@@ -284,6 +350,8 @@ def definition_problem(content: dict[str, Any]) -> str | None:
             return f"its `{key}` is missing or of another type"
     if not content["argv"] or not all(_is_word(word) for word in content["argv"]):
         return "its command line is not one"
+    if not isinstance(content.get("disks"), list) or not _is_word(content.get("disk_basis")):
+        return "its `disks` or their basis are missing or of another type"
     if not _is_word(content["machine"]) or not all(isinstance(part, int) for part in content["version"]):
         return "its machine type or version is not one"
     if not isinstance(content.get("engine", {}), dict):
@@ -298,9 +366,10 @@ def definition_problem(content: dict[str, Any]) -> str | None:
             and entry[1] % PAGE_SIZE == 0
         ):
             return "its list of memory is not one"
-    limit = content.get("max_checkpoint")
-    if not isinstance(limit, int) or not 0 < limit <= _MOST_BYTES:
-        return "its `max_checkpoint` is not a size"
+    for key in ("max_checkpoint", "max_disk_log"):
+        limit = content.get(key)
+        if not isinstance(limit, int) or not 0 < limit <= _MOST_BYTES:
+            return f"its `{key}` is not a size"
     return None
 
 

@@ -214,12 +214,29 @@ class VmConfig:
     shared_disks: tuple[str, ...] = key(
         ListOf("QEMU device or node names"),
         [],
-        "Writable disks on storage that both hosts see, with the same content: they are left alone.",
+        "Disks on storage that both hosts see, with the same content: they are left alone. The guest must "
+        "only read them: what it writes there cannot be taken back at a failover.",
     )
     scratch_disks: tuple[str, ...] = key(
         ListOf("QEMU device or node names"),
         [],
-        "Writable disks whose content may be lost in a failover, like swap or caches.",
+        "Writable disks whose content may be lost in a failover, like swap or caches. All other disks that "
+        "the guest can write are replicated to the backup's own copies.",
+    )
+    disk_log_limit: int = key(
+        Size(1 << 20, 1 << 36),
+        "64MiB",
+        "A guest that has written this much to its replicated disks since its last checkpoint waits until "
+        "the next one is taken. What is written after that, while it is being stopped, fits up to four "
+        "times this; so much memory each checkpoint on its way may take for it, on either host.",
+    )
+    disk_copy_rate: int | None = key(
+        Rate(1 << 20, 1 << 40),
+        None,
+        "How fast the first copy of the replicated disks may be, and the copy of what has changed after an "
+        "outage: the reading of the disk, be it sent or only compared. What the guest writes meanwhile is "
+        "sent at once, always.",
+        shown="no limit: until the copy is done the VM is unprotected",
     )
     autostart: bool = key(Flag(), False, "Protect the VM by itself when the daemon starts.")
     standby: StandbyConfig = attrs.field(factory=StandbyConfig, metadata={"table": StandbyConfig})

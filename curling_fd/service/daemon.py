@@ -20,6 +20,7 @@ from pathlib import Path
 import trio
 
 from curling_fd import __version__
+from curling_fd.disk.markers import MarkerStore
 from curling_fd.errors import (
     CannotListen,
     ConfigError,
@@ -81,7 +82,8 @@ class Daemon:
         control = self._control_listener()
         links = await self._link_listeners()
         async with trio.open_nursery() as nursery:
-            host = Host(config, Store(config.state_directory), Journal(), nursery)
+            state = config.state_directory
+            host = Host(config, Store(state), Journal(), nursery, MarkerStore(state))
             self._vms |= {name: Vm(vm, host) for name, vm in self._config.vms.items()}
             service = Api(host, self._vms).service()
             nursery.start_soon(

@@ -113,8 +113,9 @@ class _Look:
         try:
             with trio.fail_after(_QEMU_PATIENCE):
                 async with open_qmp(record.qmp) as qmp:
-                    disks = (*config.shared_disks, *config.scratch_disks)
-                    examined = await examine(qmp, config.engine, disks)
+                    examined = await examine(
+                        qmp, config.engine, shared=config.shared_disks, scratch=config.scratch_disks
+                    )
         except CurlingError as error:
             return _failed("qemu", name, error)
         except trio.TooSlowError:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from attrs import field, frozen
 
 from curling_fd.capture.probe import Choice, choose
 from curling_fd.capture.settings import capabilities, set_capabilities
+from curling_fd.disk.inventory import Disk, replicated
 from curling_fd.errors import (
     CannotDerive,
     GuestNotRunning,
     MigrationBlocked,
     QmpCommandFailed,
     StandbyFailed,
-    WritableDisk,
 )
 from curling_fd.qmp.client import QmpClient
+from curling_fd.service.mirror import is_ours
 from curling_fd.service.network import Cards, cards_of
 from curling_fd.standby.cmdline import device_ids
 from curling_fd.vmstate.records import Block
@@ -36,6 +36,7 @@ class Examined:
         machine: the resolved machine type, such as `pc-i440fx-7.2`.
         argv: command line of the primary's QEMU.
         cards: its network cards.
+        disks: those that are replicated.
     """
 
     choice: Choice
@@ -43,16 +44,23 @@ class Examined:
     machine: str
     argv: tuple[str, ...]
     cards: Cards = field(factory=Cards)
+    disks: tuple[Disk, ...] = ()
 
 
 async def examine(
-    qmp: QmpClient, wanted_engine: str, disks: Collection[str], unusable: Mapping[str, str] | None = None
+    qmp: QmpClient,
+    wanted_engine: str,
+    *,
+    shared: Collection[str] = (),
+    scratch: Collection[str] = (),
+    unusable: Mapping[str, str] | None = None,
 ) -> Examined:
     """Look at the VM behind `qmp`; changes nothing that lasts.
 
     Args:
         wanted_engine: `auto` or an engine's name.
-        disks: devices and node names that may be written though they are not replicated.
+        shared: devices and node names of disks that both hosts see: the guest must not be able to write them.
+        scratch: those that may be written though they are not replicated.
         unusable: engines that failed at run time, and how: `auto` passes them over.
 
     Raises:
@@ -64,9 +72,7 @@ async def examine(
     blocked = (await qmp.execute("query-migrate")).get("blocked-reasons")
     if blocked:
         raise MigrationBlocked(tuple(blocked))
-    writable = _writable(await qmp.execute("query-block"), disks)
-    if writable:
-        raise WritableDisk(writable)
+    disks = await disks_of(qmp, shared, scratch)
     known = await capabilities(qmp)
     accelerator = "kvm" if (await qmp.execute("query-kvm"))["enabled"] else "tcg"
     choice = choose(
@@ -83,26 +89,17 @@ async def examine(
     argv = _command_line(qmp.pid)
     await _check_plugged(qmp, argv)
     cards = await cards_of(qmp)
-    return Examined(choice, memory, str(machine).removesuffix("-machine"), argv, cards)
+    return Examined(choice, memory, str(machine).removesuffix("-machine"), argv, cards, disks)
 
 
-def _writable(blocks: list[dict[str, Any]], allowed: Collection[str]) -> tuple[str, ...]:
-    """Names of the devices of `query-block` that the guest can write and that nobody vouched for."""
-    names = []
-    for block in blocks:
-        inserted = block.get("inserted")
-        if inserted is None or inserted["ro"]:
-            continue
-        aliases = {block.get("device"), inserted.get("node-name"), _id(block.get("qdev"))} - {None, ""}
-        if not aliases & set(allowed):
-            names.append(str(block.get("device") or inserted.get("node-name")))
-    return tuple(names)
+async def disks_of(qmp: QmpClient, shared: Collection[str], scratch: Collection[str]) -> tuple[Disk, ...]:
+    """The disks of the VM that are replicated.
 
-
-def _id(qdev: str | None) -> str | None:
-    """The id in a QOM path such as `/machine/peripheral/disk0/virtio-backend`."""
-    parts = (qdev or "").split("/")
-    return parts[3] if len(parts) > 3 and parts[2] == "peripheral" else qdev
+    Raises:
+        WritableDisk, DiskUnfit: one cannot be.
+    """
+    jobs = [job for job in await qmp.execute("query-block-jobs") if not is_ours(job["device"])]
+    return replicated(await qmp.execute("query-block"), jobs, shared, scratch)
 
 
 async def _try_background_snapshot(qmp: QmpClient, known: dict[str, bool]) -> str | None:

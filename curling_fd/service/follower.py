@@ -12,18 +12,15 @@ import socket
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import trio
 
-from curling_fd.capture.intake import PIECE
-from curling_fd.capture.probe import Choice
 from curling_fd.errors import (
     ArbiterLost,
     ConfigError,
     CurlingError,
-    FrameError,
+    DiskError,
     HostsDisagree,
     LinkClosed,
     LinkError,
@@ -35,30 +32,25 @@ from curling_fd.errors import (
     StandbyFailed,
     WrongRole,
 )
-from curling_fd.failover.arbiter import FileArbiter
 from curling_fd.failover.states import REPLICA_VALID, RUNS, Event, State, allowed, role
-from curling_fd.link.frames import HEAD_SIZE, Kind
+from curling_fd.link.frames import Kind
 from curling_fd.link.transport import FrameLink, Received
-from curling_fd.replica.image import Replica
 from curling_fd.sentences import sentence
-from curling_fd.service.backup import BackupSession, Dropped, HandedOver, definition_problem
+from curling_fd.service.backup import BackupSession, Dropped, HandedOver
+from curling_fd.service.copies import Closing
 from curling_fd.service.fence import discard_fenced, guest_runs_here
 from curling_fd.service.greeting import answers
-from curling_fd.service.network import VmNetwork, decode_ports, decode_taps
+from curling_fd.service.network import VmNetwork
+from curling_fd.service.preparing import prepare
 from curling_fd.service.protector import REST_WAIT, Protector
 from curling_fd.service.record import VmRecord, text
 from curling_fd.service.restart import BackupLeft, Estate, Kept, inherit_replica, leave_replica
-from curling_fd.service.standby import start_standby
 from curling_fd.service.statistics import Counters
 from curling_fd.service.takeover import activate
 from curling_fd.system import systemd
-from curling_fd.vmstate.records import Block
 
 #: Seconds between two looks at a host whose daemon is gone, or two questions to an arbiter.
 _LOOK_AGAIN = 1.0
-
-#: A primary describes its VM within this many seconds of its greeting.
-_DEFINE_TIMEOUT = 30.0
 
 
 class Follower:
@@ -75,8 +67,13 @@ class Follower:
         self._suspicion: trio.CancelScope | None = None
         self._claiming = False  # from the question for the right to the end of the takeover
         self._heard = 0.0  # when the primary was heard last
+        self._closing = Closing(record.host.nursery)
+        record.disks.append(self._show_disks)
         self._done = trio.Event()
         self._done.set()
+
+    def _show_disks(self) -> list[dict[str, Any]]:
+        return self._kept.copies.show() if self._kept is not None and self._kept.copies is not None else []
 
     # A primary's connection.
 
@@ -190,13 +187,15 @@ class Follower:
         kept: Kept | None = None
         try:
             await link.send(Kind.WELCOME, record.generation, content={"host": record.host.name})
-            kept = await self._prepare(link)
+            await self._closing.done()
+            kept = await prepare(record, self._network, link, self._closing)
             record.remember(generation=max(kept.generation, record.generation))
-            await link.send(Kind.PREPARED, kept.generation)
+            alike = list(kept.copies.alike) if kept.copies is not None else []
+            await link.send(Kind.PREPARED, kept.generation, content={"alike": alike})
             record.advance(Event.PREPARED)
         except BaseException as error:
             if kept is not None:
-                kept.close()
+                self._close(kept)
             self._network.withdraw_soon()
             event = Event.LINK_LOST if isinstance(error, LinkError) else Event.REFUSED
             if allowed(record.state, event):
@@ -221,6 +220,7 @@ class Follower:
             standby_failed=lambda: kept.standby.process.wait_failed(),
             committed=lambda: record.advance(Event.COMMITTED),
             learned=self._network.learn,
+            copies=kept.copies,
             paused=kept.paused,
             peer_rests=kept.peer_rests,
         )
@@ -230,7 +230,7 @@ class Follower:
             self._lost(error)
             if isinstance(error, RemoteProtocolError):
                 raise
-        except StandbyFailed as error:
+        except (StandbyFailed, DiskError) as error:
             record.advance(Event.STANDBY_DIED, text(error))
             self._drop()
             raise
@@ -250,53 +250,6 @@ class Follower:
         finally:
             kept.paused = kept.paused or session.paused
             self._session = None
-
-    async def _prepare(self, link: FrameLink) -> Kept:
-        """A standby for the VM the primary describes."""
-        record = self._record
-        with trio.move_on_after(_DEFINE_TIMEOUT) as scope:
-            received = await link.receive()
-        if scope.cancelled_caught or received.header.kind is not Kind.DEFINE:
-            raise FrameError("the primary did not describe its VM")
-        content = received.content
-        problem = definition_problem(content)
-        if problem is not None:
-            raise FrameError(f"the primary's description of the VM is wrong: {problem}")
-        await self._check_arbiter(content.get("token"))
-        self._show(content)
-        memory = [Block(name, size) for name, size in content["memory"]]
-        record.ram_bytes = sum(block.size for block in memory)
-        max_raw = HEAD_SIZE + max(content["max_checkpoint"], PIECE)
-        await self._network.connect(decode_ports(content.get("ports", [])))
-        standby = await start_standby(
-            record.config,
-            Path(record.host.config.runtime_directory) / record.name,
-            argv=content["argv"],
-            machine=content["machine"],
-            version=tuple(content["version"]),
-            memory=memory,
-            staging=min(max_raw, record.ram_bytes),
-            taps=decode_taps(content.get("taps", {})),
-        )
-        return Kept(standby, Replica(standby.images), received.header.generation, max_raw)
-
-    async def _check_arbiter(self, token: object) -> None:
-        """Both hosts must ask the same arbiter."""
-        arbiter = self._record.arbiter
-        if isinstance(arbiter, FileArbiter) != (token is not None):
-            raise HostsDisagree('one host has arbiter = "file" and the other has not')
-        if isinstance(arbiter, FileArbiter) and not await arbiter.sees_token(str(token)):
-            raise HostsDisagree("the two hosts do not see the same arbiter_directory")
-
-    def _show(self, content: dict[str, Any]) -> None:
-        engine = content.get("engine") or {}
-        self._record.choice = Choice(
-            str(engine.get("name")),
-            str(engine.get("reason")),
-            str(engine.get("accelerator")),
-            tuple(content["version"]),
-            return_path=False,
-        )
 
     # The primary is gone.
 
@@ -436,6 +389,7 @@ class Follower:
         record.advance(event, reason)
         await self._network.prepare()
         try:
+            await kept.give_disks_away()
             await activate(kept.standby.qmp_path, kept.replica, paused=kept.paused)
         except StandbyFailed as error:
             failed = StandbyFailed(error.problem, kept.standby.process.stderr_tail())
@@ -477,7 +431,13 @@ class Follower:
 
     def _let_go(self) -> bool:
         kept, self._kept = self._kept, None
-        return kept is not None and kept.close()
+        return kept is not None and self._close(kept)
+
+    def _close(self, kept: Kept) -> bool:
+        copies, kept.copies = kept.copies, None
+        if copies is not None:
+            self._closing.begin(copies)
+        return kept.close()
 
     async def stop(self) -> None:
         """The daemon ends: leave the replica to the next, or drop it; a VM that runs here runs on."""
@@ -494,7 +454,8 @@ class Follower:
         self._suspect_no_more()
         while self._claiming:  # a takeover is finished: nobody else may run the VM now
             await record.changed.park()
-        if keeps and record.state is State.SUSPECT and self._kept is not None:
+        if keeps and record.state is State.SUSPECT and self._kept is not None and not self._kept.copies:
             leave_replica(record, self._kept, None, silent=self._silent)
         if self._let_go():
             await self._network.withdraw()
+        await self._closing.done()

@@ -9,10 +9,11 @@ import trio
 
 from curling_fd import __version__
 from curling_fd.capture.probe import Choice
+from curling_fd.disk.epoch import HARD
 from curling_fd.errors import FrameError, InsecurePeer, LinkLost, PeerUnreachable
 from curling_fd.link.frames import PROTOCOL, Kind
 from curling_fd.link.transport import FrameLink, Received, connect
-from curling_fd.service.config import Address
+from curling_fd.service.config import Address, VmConfig
 from curling_fd.service.examine import Examined
 from curling_fd.service.farewell import raise_refusal
 
@@ -99,9 +100,20 @@ async def probe(link: FrameLink, host: str, vm: str, question: Mapping[str, Any]
 
 
 async def define(
-    link: FrameLink, generation: int, examined: Examined, max_checkpoint: int, token: str | None
-) -> None:
+    link: FrameLink,
+    generation: int,
+    examined: Examined,
+    config: VmConfig,
+    token: str | None,
+    basis: str,
+) -> tuple[bool, ...]:
     """Describe the VM and wait until a standby for it waits.
+
+    Args:
+        basis: of the log of its disks.
+
+    Returns:
+        For each disk, whether the backup has a copy that is known by that basis.
 
     Raises:
         PeerRefused: the backup cannot make one; it says why.
@@ -111,14 +123,21 @@ async def define(
         "machine": examined.machine,
         "version": list(examined.choice.version),
         "memory": [[block.name, block.size] for block in examined.memory],
-        "max_checkpoint": max_checkpoint,
+        "max_checkpoint": config.max_checkpoint,
         "token": token,
         "engine": _described(examined.choice),
         "ports": [port.encode() for port in examined.cards.ports],
+        "disks": [disk.encode() for disk in examined.disks],
+        "disk_basis": basis,
+        "max_disk_log": HARD * config.disk_log_limit,
         "taps": {str(number): name for number, name in examined.cards.taps.items()},
     }
     await link.send(Kind.DEFINE, generation, content=content)
-    await _answer(link, Kind.PREPARED, PREPARE_TIMEOUT, generation)
+    answer = await _answer(link, Kind.PREPARED, PREPARE_TIMEOUT, generation)
+    alike = answer.content.get("alike")
+    if not isinstance(alike, list) or len(alike) != len(examined.disks):
+        raise FrameError("an answer to the description of a VM that does not fit its disks")
+    return tuple(entry is True for entry in alike)
 
 
 def _described(choice: Choice) -> dict[str, Any]:

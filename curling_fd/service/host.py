@@ -5,6 +5,7 @@ from __future__ import annotations
 import trio
 from attrs import define
 
+from curling_fd.disk.markers import MarkerStore
 from curling_fd.service.config import DaemonConfig
 from curling_fd.service.journal import Journal
 from curling_fd.service.store import Store
@@ -18,6 +19,7 @@ class Host:
     store: Store
     journal: Journal
     nursery: trio.Nursery
+    markers: MarkerStore
 
     @property
     def name(self) -> str:

@@ -1,13 +1,15 @@
-"""What a session on the primary is told when it begins."""
+"""What a session on the primary is told when it begins, and what it may say at its end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from enum import Enum
 
 import attrs
 from attrs import frozen
 
 from curling_fd.capture.engine import EngineOptions, PassLimit
+from curling_fd.disk.copy import CopyProgress
 from curling_fd.errors import ConfigError
 from curling_fd.output.hold import OutputHold
 from curling_fd.service.config import DaemonConfig, VmConfig
@@ -26,6 +28,7 @@ class SessionOptions:
     buffers: int
     max_checkpoint: int
     output_limit: int
+    disk_copy_rate: int | None
     stop_limit: float
     heartbeat_interval: float
     failure_timeout: float
@@ -39,6 +42,7 @@ class SessionOptions:
             buffers=config.buffers,
             max_checkpoint=config.max_checkpoint,
             output_limit=config.output_limit,
+            disk_copy_rate=config.disk_copy_rate,
             stop_limit=daemon.stop_limit,
             heartbeat_interval=daemon.heartbeat_interval,
             failure_timeout=daemon.failure_timeout,
@@ -84,12 +88,21 @@ class Callbacks:
 
     Attributes:
         progress: bytes of the first pass sent so far.
+        copied: how far the copy of the disks is.
         committed: the backup holds a first whole checkpoint: the VM is protected.
         paused: the operator paused (True) or resumed (False) the guest.
         ended: the guest has ended; the session is about to.
     """
 
     progress: Callable[[int], None]
+    copied: Callable[[CopyProgress], None]
     committed: Callable[[], None]
     paused: Callable[[bool], None]
     ended: Callable[[], None]
+
+
+class Finish(Enum):
+    """Why a session is over without a failure."""
+
+    SWITCH = "the last checkpoint of a switch is committed, and the guest stopped"
+    RESTART = "the next daemon can go on with it"

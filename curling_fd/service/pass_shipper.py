@@ -37,7 +37,7 @@ class PassShipper:
         self._sequence += 1
         self._flights.append((self._sequence, buffer))
         header = Header(Kind.BULK, self._generation, self._sequence, length)
-        await self._link.send_raw(header, b"", buffer, length)
+        await self._link.send_raw(header, b"", (buffer, length))
         self._bytes += length
         self._progress(self._bytes)
 

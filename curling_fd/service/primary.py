@@ -1,6 +1,6 @@
 """One session of protection, on the primary: first pass, checkpoints, end.
 
-Tasks of a session: `_capture_all` takes checkpoints, `_ship_all` sends them, `_receive` takes the answers,
+Tasks of a session: `_capture_all` takes checkpoints, `Flights` sends them, `_receive` takes the answers,
 two tasks keep and watch the link's pulse, `_watch` follows QEMU's events. The first to fail ends the
 session; leaving the engine's block then lets the guest run on (I5).
 
@@ -12,10 +12,8 @@ to go on; the backup's asks us, and we go on when it is heard again.
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -23,6 +21,7 @@ import trio
 
 from curling_fd.capture.engine import Engine
 from curling_fd.capture.reader import Captured
+from curling_fd.disk.holdings import ClosedLog
 from curling_fd.errors import (
     CheckpointTimeout,
     EngineFailed,
@@ -35,24 +34,25 @@ from curling_fd.errors import (
     StaleGeneration,
     Unprotected,
 )
-from curling_fd.link.frames import CheckpointHead, Header, Kind
+from curling_fd.link.frames import Kind
 from curling_fd.link.pulse import REST_LIMIT, Pulse, rest_seconds
 from curling_fd.link.transport import FrameLink
 from curling_fd.output.hold import OutputHold
 from curling_fd.qmp.client import EventStream, QmpClient
 from curling_fd.qmp.protocol import Event
+from curling_fd.service.disk_shipper import DiskShipper
 from curling_fd.service.farewell import refusal
+from curling_fd.service.flights import Flights
 from curling_fd.service.gate import OutputGate
-from curling_fd.service.options import Callbacks, SessionOptions
+from curling_fd.service.last_words import explain
+from curling_fd.service.mirror import DiskMirror
+from curling_fd.service.options import Callbacks, Finish, SessionOptions
 from curling_fd.service.pace import Boundary
 from curling_fd.service.pass_shipper import PassShipper
 from curling_fd.service.statistics import Counters
-from curling_fd.service.stops import StopWatcher, Window, clock_ahead_us, now_us
+from curling_fd.service.stops import StopWatcher, Window, clock_ahead_us, how_it_ended, now_us
 from curling_fd.system.buffers import Buffer, BufferPool, PoolStatistics
 from curling_fd.system.nursery import open_nursery
-
-#: Seconds after the capture broke off within which QEMU's own end explains it.
-_QEMU_LAST_WORDS = 1.0
 
 #: Seconds within which QEMU, asked to let the guest go on, says that it does.
 _START_LIMIT = 10.0
@@ -64,19 +64,14 @@ _CLOCK_STEP_US = 50_000
 HANDOVER_TIMEOUT = 15.0
 
 
-class Finish(Enum):
-    """Why a session is over without a failure."""
-
-    SWITCH = "the last checkpoint of a switch is committed, and the guest stopped"
-    RESTART = "the next daemon can go on with it"
-
-
 class PrimarySession:
     """Protects one VM over one link. Borrows monitor, event stream, engine and link.
 
     Args:
         inherited: sequence of the checkpoint with which the daemon before us has left the session; 0 if
             this is a new one, which begins with a first pass.
+        mirror: of the disks that are replicated, if any; borrowed.
+        alike: see `DiskShipper`.
 
     Attributes:
         peer_rests: the backup's daemon is restarted, too.
@@ -93,6 +88,8 @@ class PrimarySession:
         options: SessionOptions,
         callbacks: Callbacks,
         inherited: int = 0,
+        mirror: DiskMirror | None = None,
+        alike: Sequence[bool] = (),
     ) -> None:
         self.stops = StopWatcher(counters)
         self._qmp = qmp
@@ -106,7 +103,23 @@ class PrimarySession:
         self._callbacks = callbacks
         self._pass: PassShipper | None = None
         self._pool = BufferPool("curling-capture", options.buffers, options.max_checkpoint)
-        self._flights: deque[tuple[int, Captured]] = deque()
+        self._mirror = mirror
+        self._disks = (
+            DiskShipper(
+                link,
+                options.generation,
+                mirror,
+                alike,
+                most=options.buffers,
+                rate=options.disk_copy_rate,
+                progress=callbacks.copied,
+                stir=self._stir,
+            )
+            if mirror is not None
+            else None
+        )
+        self._disk_log: ClosedLog | None = None  # of the checkpoint that is being taken
+        self._flights = Flights(link, options.generation, self._pool, mirror.log if mirror else None)
         self._pulse = Pulse(link, options.generation, options.heartbeat_interval, options.failure_timeout)
         self._clock_ahead = clock_ahead_us()
         self.peer_rests = self._rest_asked = False
@@ -145,19 +158,19 @@ class PrimarySession:
                     self.note({"paused": self.stops.paused})
                 else:
                     await self._first_pass()
-                send, receive = trio.open_memory_channel[tuple[int, Captured]](0)
-                nursery.start_soon(self._ship_all, receive)
-                finish = await self._capture_all(send)
+                nursery.start_soon(self._flights.ship)
+                finish = await self._capture_all()
                 nursery.cancel_scope.cancel()
             return finish
         except (EngineFailed, QmpError) as error:
-            await self._explain(error)
+            await explain(self._qmp, self._events, error, self._guest_end)
             raise
         finally:
             self._end_pass()
             self._pool.close()
-            while self._flights:
-                self._flights.popleft()[1].buffer.close()
+            if self._disks is not None:
+                self._disks.close()
+            self._flights.close()
 
     def capturing_for(self) -> float:
         """Seconds since the checkpoint that is being taken was begun; 0 between checkpoints."""
@@ -235,12 +248,20 @@ class PrimarySession:
         self._stirred = trio.Event()
 
     async def _first_pass(self) -> None:
+        if self._disks is not None:
+            await self._disks.copy(self._qmp)
         started = trio.current_time()
         whole = Window.PRECOPY if self._window is Window.LOOP else self._window
         self.stops.window_opens(whole, now_us(), counting=False)
         self._pass = PassShipper(self._link, self._generation, self._callbacks.progress)
-        await self._engine.first_pass(self._pass)
-        await self._guest_started()
+        async with open_nursery() as nursery:
+            if self._disks is not None:
+                nursery.start_soon(self._disks.follow)
+            await self._engine.first_pass(self._pass)
+            await self._guest_started()
+            nursery.cancel_scope.cancel()
+        if self._disks is not None:
+            await self._disks.settle()
         self._counters.first_pass_ms = (trio.current_time() - started) * 1000
 
     def _end_pass(self) -> None:
@@ -248,7 +269,7 @@ class PrimarySession:
             self._pass.close()
             self._pass = None
 
-    async def _capture_all(self, channel: trio.MemorySendChannel[tuple[int, Captured]]) -> Finish:
+    async def _capture_all(self) -> Finish:
         now = trio.current_time()
         boundary = Boundary(now - self._options.pace.longest, now)
         while True:
@@ -273,21 +294,15 @@ class PrimarySession:
                     if captured is None:
                         self._pool.release(buffer)
             self._counters.captured(captured.pages, captured.ram + captured.device)
-            self._flights.append((self._sequence, captured))
-            await channel.send((self._sequence, captured))
+            await self._flights.add(self._sequence, captured, self._disk_log)
             if last:
-                await self._landed()
+                await self._flights.landed()
                 return Finish.SWITCH
-
-    async def _landed(self) -> None:
-        """Wait until every checkpoint that was sent is committed."""
-        while self._flights:
-            await self._stirred.wait()
 
     async def _come_to_rest(self) -> None:
         """Have nothing under way: no checkpoint, no operator's order, and no frame in either direction."""
         await self._capturing.acquire()
-        await self._landed()
+        await self._flights.landed()
         self.peer_rests |= self._pulse.resting  # it answers when it is back
         await self._pulse.rest(REST_LIMIT)
         self._rest_asked = True
@@ -300,7 +315,7 @@ class PrimarySession:
         await self._pulse.rest(seconds)
         async with self._capturing:
             pass  # one that is being taken is shipped as well
-        await self._landed()
+        await self._flights.landed()
         await self._link.send(Kind.RESTING, self._generation)
 
     async def _capture(self, buffer: Buffer, *, resume: bool) -> Captured:
@@ -309,9 +324,11 @@ class PrimarySession:
         self._capture_began = trio.current_time()
         self._look_at_clock()
         self.stops.window_opens(self._window, now_us())
+        if self._disks is not None:
+            self._disks.log.open_gate()
         try:
             captured = await self._engine.checkpoint(
-                buffer, partial(self._gate.barrier, sequence), resume=resume
+                buffer, partial(self._at_boundary, sequence), resume=resume
             )
             if resume:
                 await self._guest_started()
@@ -322,6 +339,12 @@ class PrimarySession:
             self._capture_began = None
         self._sequence = sequence
         return captured
+
+    def _at_boundary(self, sequence: int) -> Callable[[], None] | None:
+        """What the guest has sent and written so far is of epoch `sequence`. Called in a thread."""
+        if self._disks is not None:
+            self._disk_log = self._disks.log.close()
+        return self._gate.barrier(sequence)
 
     async def _guest_started(self) -> None:
         """Wait until QEMU has said that the guest goes on after a checkpoint, paused before or not.
@@ -384,7 +407,8 @@ class PrimarySession:
                 await stirred.wait()
                 continue
             due = self._options.pace.due(boundary, output_waiting=self._output.waiting())
-            if trio.current_time() >= due:
+            urgent = self._disks is not None and self._disks.urgent
+            if urgent or trio.current_time() >= due:
                 return
             with trio.move_on_at(due):
                 await self._stirred.wait()
@@ -392,13 +416,6 @@ class PrimarySession:
     async def _notice_end(self) -> None:
         await self._end.wait()
         raise Unprotected(self._end_reason)
-
-    async def _ship_all(self, channel: trio.MemoryReceiveChannel[tuple[int, Captured]]) -> None:
-        async for sequence, captured in channel:
-            head = CheckpointHead(captured.ram, captured.device, 0, captured.boundary_us)
-            header = Header(Kind.CHECKPOINT, self._generation, sequence, head.payload_size)
-            length = captured.ram + captured.device
-            await self._link.send_raw(header, head.encode(), captured.buffer, length)
 
     async def _receive(self, nursery: trio.Nursery) -> None:
         while True:
@@ -414,6 +431,10 @@ class PrimarySession:
                     pass
                 case Kind.BULK_ACK if self._pass is not None:
                     self._pass.acknowledged(header.sequence)
+                case Kind.DISK_ACK if self._disks is not None:
+                    self._disks.acknowledged(header.sequence)
+                case Kind.WANT if self._disks is not None:
+                    self._disks.answered(received)
                 case Kind.ACK:
                     await self._acknowledged(header.sequence)
                 case Kind.REST:
@@ -438,10 +459,7 @@ class PrimarySession:
                     raise FrameError(f"a {header.kind.name} frame, which a backup does not send now")
 
     async def _acknowledged(self, sequence: int) -> None:
-        if not self._flights or self._flights[0][0] != sequence:
-            raise FrameError(f"an acknowledgement of checkpoint {sequence}, which was not due")
-        _, captured = self._flights.popleft()
-        self._pool.release(captured.buffer)
+        self._flights.acknowledged(sequence)
         await self._gate.release(sequence)
         self._committed = sequence
         self._counters.commit(sequence)
@@ -461,6 +479,8 @@ class PrimarySession:
             self._guest_end = ended
             self._callbacks.ended()
             raise GuestEnded(ended)
+        if self._mirror is not None:
+            self._mirror.heed(event)
         self._look_at_clock()
         run_state = await self._qmp.status() if self.stops.must_look(event) else None
         changed = self.stops.feed(event, run_state)
@@ -474,27 +494,3 @@ class PrimarySession:
         step, self._clock_ahead = ahead - self._clock_ahead, ahead
         if abs(step) > _CLOCK_STEP_US:
             self.stops.clock_stepped(step)
-
-    async def _explain(self, error: Exception) -> None:
-        """Look whether QEMU's end is behind `error`, and raise that instead."""
-        if self._guest_end is not None:
-            raise GuestEnded(self._guest_end) from error
-        with trio.move_on_after(_QEMU_LAST_WORDS), suppress(QmpError):
-            await self._qmp.status()  # what happened before comes before the answer
-        with suppress(trio.WouldBlock, trio.EndOfChannel):
-            while True:
-                ended = how_it_ended(self._events.receive_nowait())
-                if ended is not None:
-                    raise GuestEnded(ended) from error
-        if self._qmp.disconnected.is_set():
-            raise QemuDied() from error
-
-
-def how_it_ended(event: Event) -> str | None:
-    """How the guest ended, in words, if `event` says that it did."""
-    if event.name == "SHUTDOWN":
-        reason = str(event.data.get("reason", "unknown"))
-        return "the guest powered off" if event.data.get("guest") else f"its QEMU was ended ({reason})"
-    if event.name == "GUEST_PANICKED" and event.data.get("action") != "run":
-        return "the guest's kernel panicked"
-    return None

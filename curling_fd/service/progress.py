@@ -8,6 +8,7 @@ from typing import Any
 import trio
 from attrs import frozen
 
+from curling_fd.disk.copy import CopyProgress
 from curling_fd.units import format_duration, format_size
 
 #: Seconds that a speed is the mean of: a piece is 4 MiB, and a slow link takes its time for one.
@@ -35,6 +36,47 @@ class Progress:
         }
 
 
+class _Speed:
+    """How fast a number of bytes has grown of late."""
+
+    def __init__(self) -> None:
+        self._samples = deque([(trio.current_time(), 0)])
+
+    def at(self, total: int) -> float | None:
+        """The number is `total` now; bytes a second."""
+        now = trio.current_time()
+        self._samples.append((now, total))
+        while len(self._samples) > 2 and self._samples[1][0] <= now - _WINDOW:
+            self._samples.popleft()
+        then, before = self._samples[0]
+        return (total - before) / (now - then) if now > then else None
+
+
+class CopyMeter:
+    """Watches the copy of a VM's disks, held to `limit` bytes a second if that is not None.
+
+    Attributes:
+        last: how far it was when it was heard of last.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._speed: _Speed | None = None
+        self.last: CopyProgress | None = None
+
+    def done(self, copied: CopyProgress) -> Progress:
+        """The copy is that far."""
+        if self._speed is None:
+            self._speed = _Speed()
+        self.last = copied
+        return Progress("disk copy", copied.done, copied.total, self._speed.at(copied.done), self._limit)
+
+    def summary(self) -> str:
+        """The whole copy in words, once it is over."""
+        assert self.last is not None
+        return f"{format_size(self.last.total)} of the disks looked at, {format_size(self.last.sent)} sent"
+
+
 class PassMeter:
     """Watches one first pass over `memory` bytes.
 
@@ -47,17 +89,12 @@ class PassMeter:
         self._memory = memory
         self._began = trio.current_time()
         self._sent = 0
-        self._samples = deque([(self._began, 0)])
+        self._speed = _Speed()
 
     def sent(self, total: int) -> Progress:
         """The pass has sent `total` bytes until now."""
-        now = trio.current_time()
         self._sent = total
-        self._samples.append((now, total))
-        while len(self._samples) > 2 and self._samples[1][0] <= now - _WINDOW:
-            self._samples.popleft()
-        then, before = self._samples[0]
-        rate = (total - before) / (now - then) if now > then else None
+        rate = self._speed.at(total)
         return Progress("first pass", total, max(total, self._memory), rate, self.limit)
 
     def summary(self) -> str:

@@ -7,8 +7,8 @@ session decides what follows; the table in `failover.states` says which state th
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 
 import trio
@@ -38,20 +38,21 @@ from curling_fd.errors import (
     Unprotected,
     WrongRole,
 )
-from curling_fd.failover.arbiter import FileArbiter
 from curling_fd.failover.states import Event, State, allowed, role
 from curling_fd.link.transport import FrameLink
 from curling_fd.qmp.client import EventStream, QmpClient, inherit_qmp, open_qmp
-from curling_fd.service.examine import Examined, examine
+from curling_fd.service.disks import VmDisks
+from curling_fd.service.encounter import greeted
+from curling_fd.service.examine import examine
 from curling_fd.service.farewell import ours, say_end, withdraw
 from curling_fd.service.fence import stop_here
-from curling_fd.service.greeting import define, dial, greet
 from curling_fd.service.handover import Handover
+from curling_fd.service.mirror import DiskMirror
 from curling_fd.service.network import Cards, VmNetwork, cards_of, learning
-from curling_fd.service.options import Callbacks, SessionOptions, engine_options
+from curling_fd.service.options import Callbacks, Finish, SessionOptions, engine_options
 from curling_fd.service.output import Output
 from curling_fd.service.pass_report import PassReport
-from curling_fd.service.primary import Finish, PrimarySession
+from curling_fd.service.primary import PrimarySession
 from curling_fd.service.record import VmRecord, text
 from curling_fd.service.restart import Estate, PrimaryLeft, leave_session
 from curling_fd.service.statistics import Counters
@@ -93,6 +94,7 @@ class Protector:
         self._attempted = False
         self._sure = False  # no backup of an earlier session may take the VM over
         self._output = Output(record)
+        self._disks = VmDisks(record)
         self._handover = Handover(record, self._failed)
 
     @property
@@ -203,7 +205,8 @@ class Protector:
         """The daemon ends: leave the session to the next, or else leave the guest running and remember that
         protection is wanted.
         """
-        if self.session is not None and self._record.state is State.PROTECTED and systemd.manager().keeps:
+        keeps = systemd.manager().keeps and not self._disks.replicated
+        if self.session is not None and self._record.state is State.PROTECTED and keeps:
             self.session.restart()
             with trio.move_on_after(REST_WAIT):
                 await self._idle.wait()
@@ -266,6 +269,7 @@ class Protector:
             elif self._by_order and allowed(record.state, Event.UNPROTECT):
                 record.rest("unprotected by an operator")
             with trio.CancelScope(shield=True):
+                await self._disks.end()
                 await self._output.settle(sure=True)
             self._by_order = self._handover.given_up = False
             self._idle.set()
@@ -367,13 +371,22 @@ class Protector:
             await self._output.adopt(qmp)
             record.paused = await qmp.status() == "paused"
             with qmp.events() as events:
-                disks = (*config.shared_disks, *config.scratch_disks)
-                examined = await examine(qmp, config.engine, disks, self._unusable)
+                examined = await examine(
+                    qmp,
+                    config.engine,
+                    shared=config.shared_disks,
+                    scratch=config.scratch_disks,
+                    unusable=self._unusable,
+                )
                 record.choice = examined.choice
                 record.ram_bytes = sum(block.size for block in examined.memory)
-                async with self._greeted(examined) as link:
+                basis = self._disks.basis(qmp.pid, examined.disks)
+                async with greeted(record, examined, basis, self._sure, self._is_sure) as (link, alike):
                     record.advance(Event.PREPARED)
-                    await self._session_on(qmp, events, examined.choice, examined.cards, link)
+                    mirror = await self._disks.mirror(qmp, examined.disks)
+                    await self._session_on(
+                        qmp, events, examined.choice, examined.cards, link, mirror=mirror, alike=alike
+                    )
 
     async def _go_on(self, estate: Estate, left: PrimaryLeft) -> None:
         """Go on with the session that the daemon before us has left."""
@@ -390,33 +403,6 @@ class Protector:
         finally:
             estate.close()
 
-    @asynccontextmanager
-    async def _greeted(self, examined: Examined) -> AsyncIterator[FrameLink]:
-        """A link to a peer whose standby waits."""
-        record, config = self._record, self._record.config
-        assert config.peer is not None
-        if record.wanted and record.arbiter.automatic and not self._sure:
-            # The daemon before us may have left a replica that the backup may run any moment.
-            await record.swap(incumbent=True)
-            self._sure = True
-        link = await dial(config.peer, record.host.config.insecure)
-        try:
-            known = await greet(link, record.host.name, record.name, record.generation)
-            await record.claim(known)
-            self._sure = True
-            token = None
-            if isinstance(record.arbiter, FileArbiter):
-                token = await record.arbiter.leave_token(record.name)
-            try:
-                await define(link, record.generation, examined, config.max_checkpoint, token)
-            finally:
-                if isinstance(record.arbiter, FileArbiter) and token is not None:
-                    await record.arbiter.remove_token(token)
-            record.remember(fenced=None, elsewhere=False)
-            yield link
-        finally:
-            link.close()
-
     async def _session_on(
         self,
         qmp: QmpClient,
@@ -425,6 +411,8 @@ class Protector:
         cards: Cards,
         link: FrameLink,
         inherited: tuple[Estate, PrimaryLeft] | None = None,
+        mirror: DiskMirror | None = None,
+        alike: Sequence[bool] = (),
     ) -> None:
         record, config = self._record, self._record.config
         report = PassReport(record)
@@ -443,7 +431,7 @@ class Protector:
             engine.hold(record.paused)
             heard = trio.Event()
             committed, ended = partial(self._committed, report), partial(withdraw, record, heard)
-            callbacks = Callbacks(report.sent, committed, self._paused, ended)
+            callbacks = Callbacks(report.sent, report.copied, committed, self._paused, ended)
             session = PrimarySession(
                 qmp,
                 events,
@@ -454,6 +442,8 @@ class Protector:
                 SessionOptions.of(config, record.host.config, record.generation),
                 callbacks,
                 inherited[1].sequence if inherited else 0,
+                mirror,
+                alike,
             )
             if inherited is not None:
                 session.stops.paused = inherited[1].paused
@@ -478,8 +468,12 @@ class Protector:
             finally:
                 self.session = None
 
+    def _is_sure(self) -> None:
+        self._sure = True
+
     async def _left_for_good(self) -> None:
         """The VM has gone from here."""
+        await self._disks.end()
         await self._output.discard()
         await self._network.withdraw()
 

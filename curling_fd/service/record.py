@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -40,6 +41,7 @@ class VmRecord:
         wanted: protection was asked for and is taken up again after failures and restarts.
         qmp: path of the VM's monitor on this host, if it can run here.
         reason: why the state is what it is, when there is something to say.
+        disks: what tells of the replicated disks, as the control interface's type `Disk`.
     """
 
     def __init__(self, config: VmConfig, host: Host) -> None:
@@ -55,6 +57,7 @@ class VmRecord:
         self.ram_bytes = 0
         self.paused = False
         self.hold: OutputHold | None = None
+        self.disks: list[Callable[[], list[dict[str, Any]]]] = []
         self.progress: Progress | None = None
         self.changed = trio.lowlevel.ParkingLot()
         self.arbiter: Arbiter = (
@@ -184,6 +187,7 @@ class VmRecord:
             "generation": self.generation,
             "arbiter": self.config.arbiter,
             "ram_bytes": self.ram_bytes,
+            "disks": [disk for source in self.disks for disk in source()],
             "paused": self.paused,
             "progress": progress.show() if progress else None,
             "statistics": {name: getattr(statistics, name) for name in type(statistics).__annotations__},

@@ -32,6 +32,7 @@ from curling_fd.link.transport import FrameLink
 from curling_fd.qmp.client import EventStream, MonitorLeft, QmpClient
 from curling_fd.qmp.protocol import Event
 from curling_fd.replica.image import Replica, ReplicaLeft
+from curling_fd.service.copies import SessionCopies
 from curling_fd.service.primary import PrimarySession
 from curling_fd.service.record import VmRecord
 from curling_fd.service.standby import Standby
@@ -189,6 +190,7 @@ class Kept:
         paused: the operator had the guest paused on the primary.
         peer_rests: the primary's daemon is being restarted, and ours was as well.
         left: the next daemon goes on with them.
+        copies: of the VM's disks, if any are replicated.
     """
 
     standby: Standby
@@ -198,9 +200,20 @@ class Kept:
     paused: bool = False
     peer_rests: bool = False
     left: bool = False
+    copies: SessionCopies | None = None
+
+    async def give_disks_away(self) -> None:
+        """Let the standby have the disks.
+
+        Raises:
+            DiskCopyFailed: they are not what they must be.
+        """
+        copies, self.copies = self.copies, None
+        if copies is not None:
+            await trio.to_thread.run_sync(copies.give_away)
 
     def close(self) -> bool:
-        """Free them here; whether nobody goes on with them, nor with the taps that the standby has open."""
+        """Give it up, but for the copies; whether nobody goes on with it, nor with the standby's taps."""
         self.replica.close()
         self.standby.close()
         return not self.left

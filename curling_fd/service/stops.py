@@ -119,3 +119,13 @@ def now_us() -> int:
 def clock_ahead_us() -> int:
     """How far that clock is ahead of one that nobody can set, microseconds."""
     return (time.time_ns() - time.monotonic_ns()) // 1000
+
+
+def how_it_ended(event: Event) -> str | None:
+    """How the guest ended, in words, if `event` says that it did."""
+    if event.name == "SHUTDOWN":
+        reason = str(event.data.get("reason", "unknown"))
+        return "the guest powered off" if event.data.get("guest") else f"its QEMU was ended ({reason})"
+    if event.name == "GUEST_PANICKED" and event.data.get("action") != "run":
+        return "the guest's kernel panicked"
+    return None

@@ -12,6 +12,7 @@ from attrs import Attribute, asdict, field, frozen
 from attrs.validators import ge, optional
 
 from curling_fd.errors import ConfigError
+from curling_fd.system.files import replace
 
 
 def _exactly(kind: type) -> Callable[[Any, Attribute[Any], Any], None]:
@@ -71,22 +72,9 @@ class Store:
         """
         path = self._path(vm)
         try:
-            self._write(path, remembered)
+            replace(path, json.dumps(asdict(remembered)))
         except OSError as error:
             raise ConfigError(str(path), f"cannot be written: {error.strerror or error}") from None
-
-    def _write(self, path: Path, remembered: Remembered) -> None:
-        draft = path.with_suffix(".new")
-        with open(draft, "w", encoding="utf-8") as file:
-            json.dump(asdict(remembered), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-        directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
 
     def _path(self, vm: str) -> Path:
         return self._directory / f"{vm}.json"

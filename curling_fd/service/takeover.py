@@ -32,7 +32,9 @@ async def activate(qmp_path: Path, replica: Replica, *, paused: bool) -> None:
         with trio.fail_after(LOAD_TIMEOUT):
             async with open_qmp(qmp_path, patience=LOAD_TIMEOUT) as qmp:
                 with qmp.events() as events:
-                    await set_capabilities(qmp, {"events": True})
+                    # Disks are not locked, nor looked at, before the guest runs: until then they are the
+                    # copies of a daemon, which goes on writing to them after a rehearsal.
+                    await set_capabilities(qmp, {"events": True, "late-block-activate": True})
                     await qmp.hand_over(_FD_NAME, theirs.fileno())
                     theirs.close()
                     await qmp.execute("migrate-incoming", {"uri": f"fd:{_FD_NAME}"})

@@ -9,8 +9,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,9 @@ async def nothing_changes(here: Stage) -> AsyncIterator[None]:
             "status": await guest.qmp.status(),
             "capabilities": await guest.qmp.execute("query-migrate-capabilities"),
             "parameters": await guest.qmp.execute("query-migrate-parameters"),
+            "jobs": await guest.qmp.execute("query-block-jobs"),
+            "exports": await guest.qmp.execute("query-block-exports"),
+            "nodes": sorted(node["node-name"] for node in await guest.qmp.execute("query-named-block-nodes")),
             "vms": [(vm["role"], vm["state"], vm["generation"]) for vm in vms],
             "processes": [len(host.pids()) for host in (here.alpha, here.beta)],
         }
@@ -213,24 +216,89 @@ async def test_a_vm_that_cannot_be_migrated(unstable_qemu: Executable) -> None:
         assert "Take the device" in refusal.remedy
 
 
+def drives(tmp_path: Path, form: str = "raw") -> list[str]:
+    """A disk of 1 MiB that the guest can write, and one that it can only read."""
+    image = tmp_path / f"disk.{form}"
+    subprocess.run(["qemu-img", "create", "-q", "-f", form, str(image), "1M"], check=True)
+    # Two QEMUs have it open.
+    disk = f"file={image},format={form},if=none,file.locking=off"
+    options = ["-drive", f"{disk},id=data0", "-device", "virtio-blk-pci,drive=data0"]
+    return [*options, "-drive", f"{disk},id=cd0,readonly=on", "-device", "virtio-blk-pci,drive=cd0"]
+
+
 @pytest.mark.qemu
-@pytest.mark.parametrize("named", ["shared_disks", "scratch_disks"])
-async def test_a_disk_the_guest_can_write(unstable_qemu: Executable, tmp_path: Path, named: str) -> None:
-    with (tmp_path / "disk.img").open("wb") as image:
-        image.truncate(1 << 20)
-    drive = f"file={tmp_path}/disk.img,format=raw,if=none"
-    # Two QEMUs have it open, as with shared storage.
-    locking = "file.locking=off"
-    disks = ["-drive", f"{drive},{locking},id=data0", "-device", "virtio-blk-pci,drive=data0"]
-    disks += ["-drive", f"{drive},{locking},id=cd0,readonly=on", "-device", "virtio-blk-pci,drive=cd0"]
-    async with stage(small(unstable_qemu, extra=disks), automatic=False) as here:
+async def test_a_shared_disk_that_the_guest_can_write(unstable_qemu: Executable, tmp_path: Path) -> None:
+    async with stage(
+        small(unstable_qemu, extra=drives(tmp_path)), automatic=False, shared_disks=["data0"]
+    ) as here:
         refusal = await cannot_be_protected(here, ExitCode.PRECHECK)
         assert refusal.error == "WritableDisk"
         assert refusal.facts["devices"] == ["data0"]
-        assert refusal.text.startswith("The guest can write to the disk data0")
-        assert "list it under shared_disks" in refusal.remedy
-        await restart(here.primary, qmp=str(here.vm.qmp), peer=here.backup.link, **{named: ["data0"]})
+        assert refusal.text.startswith("The guest can write to the shared disk data0: after a failover")
+        assert "take it out of shared_disks" in refusal.remedy
+        await restart(here.primary, qmp=str(here.vm.qmp), peer=here.backup.link, scratch_disks=["data0"])
         await here.protect(3)
+
+
+@pytest.mark.qemu
+async def test_a_disk_without_a_fitting_copy_on_the_backup(unstable_qemu: Executable, tmp_path: Path) -> None:
+    disk, copy = tmp_path / "disk.raw", tmp_path / "copy.raw"
+    keys = {"standby": {"replace": {str(disk): str(copy)}}}
+
+    def make(form: str, size: str, *more: str) -> None:
+        subprocess.run(["qemu-img", "create", "-q", "-f", form, *more, str(copy), size], check=True)
+
+    async with stage(small(unstable_qemu, extra=drives(tmp_path)), automatic=False, **keys) as here:
+
+        async def is_refused(kind: str, text: str, remedy: str) -> None:
+            refusal = await cannot_be_protected(here, ExitCode.PRECHECK)
+            assert (refusal.error, refusal.facts["kind"]) == ("PeerRefused", kind)
+            assert text in refusal.text
+            assert remedy in refusal.remedy
+
+        await is_refused("CopyMissing", f"There is no {copy} on the backup", "'qemu-img create -f raw")
+        make("raw", "2M")
+        await is_refused("CopyWrongSize", "of 2 MiB, and the disk data0", "qemu-img resize --shrink")
+        make("qcow2", "1M")
+        await is_refused("CopyWrongFormat", "is qcow2 and not raw", "'qemu-img create -f raw")
+        make("raw", "1M")
+        with locked(copy):
+            await is_refused("CopyInUse", "is in use: ", "End what uses it")
+        await here.protect(3)
+
+
+@pytest.mark.qemu
+async def test_a_disk_that_qemu_mirrors_already(unstable_qemu: Executable, tmp_path: Path) -> None:
+    async with stage(small(unstable_qemu, extra=drives(tmp_path)), automatic=False) as here:
+        async with here.operator() as qmp:
+            target = {"node-name": "target", "driver": "null-co", "size": 1 << 20}
+            await qmp.execute("blockdev-add", target)
+            job = {"job-id": "backup0", "device": "data0", "target": "target", "sync": "none"}
+            await qmp.execute("blockdev-mirror", job)
+        refusal = await cannot_be_protected(here, ExitCode.PRECHECK)
+        assert refusal.error == "DiskUnfit"
+        assert "a block job of QEMU's is under way (mirror, called backup0)" in refusal.text
+        assert "query-block-jobs" in refusal.remedy
+
+
+@pytest.mark.qemu
+async def test_a_disk_of_a_format_that_is_not_replicated(unstable_qemu: Executable, tmp_path: Path) -> None:
+    async with stage(small(unstable_qemu, extra=drives(tmp_path, "qed")), automatic=False) as here:
+        refusal = await cannot_be_protected(here, ExitCode.PRECHECK)
+        assert refusal.error == "DiskUnfit"
+        assert "The disk data0 cannot be replicated: its format is qed" in refusal.text
+
+
+@contextmanager
+def locked(image: Path) -> Iterator[None]:
+    """Inside the block another process has the image open to write, as a QEMU has it."""
+    command = ["qemu-io", "-f", "raw", str(image)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        print("length", file=process.stdin, flush=True)
+        process.stdout.readline()  # it is open
+        yield
+        process.stdin.close()
 
 
 def hello(**changes: Any) -> bytes:

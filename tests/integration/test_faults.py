@@ -184,7 +184,7 @@ async def send_all(
         buffer = Buffer("test-capture", len(data), prefault=0)
         buffers.append(buffer)
         buffer.view[:] = data
-        await link.send_raw(Header(kind, GENERATION, sequence, len(data)), b"", buffer, len(data))
+        await link.send_raw(Header(kind, GENERATION, sequence, len(data)), b"", (buffer, len(data)))
 
     try:
         async with trio.open_nursery() as nursery:

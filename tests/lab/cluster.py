@@ -197,11 +197,15 @@ async def start_all(*nodes: Node) -> None:
 
 
 def _toml(keys: Mapping[str, Any]) -> str:
+    return "\n".join(_lines(keys, "")) + "\n"
+
+
+def _lines(keys: Mapping[str, Any], prefix: str) -> list[str]:
     tables = {name: value for name, value in keys.items() if isinstance(value, Mapping)}
-    lines = [f"{name} = {_value(value)}" for name, value in keys.items() if name not in tables]
+    lines = [f"{_value(name)} = {_value(value)}" for name, value in keys.items() if name not in tables]
     for name, table in tables.items():
-        lines += [f"[{name}]", *(f"{key} = {_value(value)}" for key, value in table.items())]
-    return "\n".join(lines) + "\n"
+        lines += [f"[{prefix}{name}]", *_lines(table, f"{prefix}{name}.")]
+    return lines
 
 
 def _value(value: Any) -> str:

@@ -34,16 +34,18 @@
  *   p  power off         r  reboot        c  panic
  *   d N  M is N now      s N  pause_us is N now
  *   x N  flip a bit of page N behind the ledger's back (to see the check at work)
+ *   v  look at every block of the disks
+ *
+ * Its disks are seen to in guest_disk.c.
  */
 #define _GNU_SOURCE
+#include "guest.h"
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
-#include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -76,7 +78,7 @@ static uint64_t uptime_ms(void)
     return now.tv_sec * 1000ull + now.tv_nsec / 1000000;
 }
 
-static void say(const char *line, int length)
+void say(const char *line, int length)
 {
     while (length > 0) {
         ssize_t written = write(tty, line, length);
@@ -87,23 +89,12 @@ static void say(const char *line, int length)
     }
 }
 
-#define SAY(...)                                                           \
-    do {                                                                   \
-        char line_[160];                                                   \
-        say(line_, snprintf(line_, sizeof line_, __VA_ARGS__));            \
-    } while (0)
-
-static uint64_t seed_of(uint64_t index, uint64_t written)
+uint64_t seed_of(uint64_t index, uint64_t written)
 {
     uint64_t x = index * 0x9e3779b97f4a7c15ull + written * 0xbf58476d1ce4e5b9ull + 1;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
     return x ^ (x >> 31);
-}
-
-static inline uint64_t next_of(uint64_t x)
-{
-    return x * 6364136223846793005ull + 1442695040888963407ull;
 }
 
 static void fill(uint64_t index, uint64_t written)
@@ -349,7 +340,7 @@ static void obey(const char *command)
 
     if (!command[0])
         return;
-    if (!strchr("prcdsx", command[0])) {
+    if (!strchr("prcdsxv", command[0])) {
         SAY("curling unknown %s\n", command);
         return;
     }
@@ -375,6 +366,9 @@ static void obey(const char *command)
         break;
     case 'x':
         region[number % pages][WORDS / 2] ^= 1;
+        break;
+    case 'v':
+        check_disks();
         break;
     }
 }
@@ -406,7 +400,7 @@ static void wait_for_round(void)
         read_commands();
 }
 
-static uint64_t parameter(const char *cmdline, const char *name, uint64_t otherwise)
+uint64_t parameter(const char *cmdline, const char *name, uint64_t otherwise)
 {
     const char *found = strstr(cmdline, name);
     return found ? strtoull(found + strlen(name), NULL, 10) : otherwise;
@@ -467,6 +461,7 @@ int main(void)
     start_sender(cmdline, parameter(cmdline, "curling.send_gap_us=", 1000));
     if (parameter(cmdline, "curling.serve=", 0))
         start_services();
+    start_disks(cmdline);
     SAY("curling ready pages=%lu threads=%lu mode=%s\n", pages, threads, dirty_mode ? "dirty" : "verify");
 
     for (;;) {
@@ -479,6 +474,7 @@ int main(void)
         if (round_number == 1 || uptime_ms() - reported >= report_ms) {
             reported = uptime_ms();
             SAY("curling round=%lu corrupt=%lu uptime_ms=%lu\n", round_number, (uint64_t)corrupt, reported);
+            report_disks();
         }
         wait_for_round();
     }

@@ -34,7 +34,7 @@ class LinuxGuest:
     """Debian's kernel with guest.c as its only program; the fields are explained there.
 
     `ip` ("10.0.0.5/24") is given to its first network card; it sends numbered datagrams to `send_to`,
-    and is a TCP server with `serve=1`.
+    and is a TCP server with `serve=1`. It has as many virtio-blk `disks` to write to, with `writers` on each.
     """
 
     pages: int = 4096
@@ -47,6 +47,11 @@ class LinuxGuest:
     send_to: str | None = None
     send_gap_us: int | None = None
     serve: int | None = None
+    disks: int | None = None
+    writers: int | None = None
+    block: int | None = None
+    disk_gap_us: int | None = None
+    disk_most: int | None = None
     memory: str = "256M"
 
     def arguments(self) -> list[str]:
@@ -63,6 +68,11 @@ class LinuxGuest:
             "send_to": self.send_to,
             "send_gap_us": self.send_gap_us,
             "serve": self.serve,
+            "disks": self.disks,
+            "writers": self.writers,
+            "block": self.block,
+            "disk_gap_us": self.disk_gap_us,
+            "disk_most": self.disk_most,
         }
         given = " ".join(f"curling.{key}={value}" for key, value in settings.items() if value is not None)
         cmdline = f"{_CMDLINE} {given}"

@@ -1,9 +1,10 @@
-"""The initramfs of the lab's Linux guest: busybox, drivers, /init and the program of guest.c."""
+"""The initramfs of the lab's Linux guest: busybox, drivers, /init and the program of guest*.c."""
 
 from __future__ import annotations
 
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from .cache import digest, made
@@ -12,11 +13,13 @@ from .kernel import Kernel, module_files
 
 _HERE = Path(__file__).parent
 
-SOURCES = (_HERE / "guest.c", _HERE / "init.sh", Path(__file__))
+_PROGRAM = [_HERE / "guest.c", _HERE / "guest_disk.c"]
+
+SOURCES = (*_PROGRAM, _HERE / "guest.h", _HERE / "init.sh", Path(__file__))
 """What goes into every archive."""
 
 _DRIVERS = {
-    "virtio": ["virtio_pci", "virtio_net", "virtio_rng", "virtio_balloon"],
+    "virtio": ["virtio_pci", "virtio_net", "virtio_blk", "virtio_rng", "virtio_balloon"],
     "pvpanic-pci": ["pvpanic_pci"],
     "pvpanic-mmio": ["pvpanic_mmio"],
 }
@@ -40,7 +43,7 @@ def base_tree(kernel: Kernel, tree: Path) -> None:
         (tree / name).mkdir()
     (tree / "bin/busybox").write_bytes(_busybox().read_bytes())
     (tree / "init").write_bytes((_HERE / "init.sh").read_bytes())
-    compile_static(_HERE / "guest.c", tree / "guest")
+    compile_static(_PROGRAM, tree / "guest")
     for program in ("bin/busybox", "init", "guest"):
         (tree / program).chmod(0o755)
     for group, names in _DRIVERS.items():
@@ -50,10 +53,10 @@ def base_tree(kernel: Kernel, tree: Path) -> None:
         (tree / "modules" / group).write_text("".join(f"{name}.ko\n" for name, _ in files))
 
 
-def compile_static(source: Path, program: Path) -> None:
-    """Compile `source` into a static `program`."""
+def compile_static(sources: Sequence[Path], program: Path) -> None:
+    """Compile `sources` into a static `program`."""
     flags = ["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-s"]
-    run(["gcc", *flags, "-o", str(program), str(source)])
+    run(["gcc", *flags, "-o", str(program), *map(str, sources)])
 
 
 def _busybox() -> Path:

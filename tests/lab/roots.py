@@ -38,13 +38,22 @@ class Executable:
 
 def qemu_root(suite: str) -> Path:
     """The folder of `suite` with qemu-system-x86 in it, made by debootstrap (as root) when missing."""
+    return _root(suite, "qemu-system-x86", f"roots/{suite}")
+
+
+def _tools_root(suite: str) -> Path:
+    # A root of its own: to add to one that others run programs out of would not be safe.
+    return _root(suite, "qemu-utils", f"roots/{suite}-utils")
+
+
+def _root(suite: str, package: str, key: str) -> Path:
     if suite not in SUITES:
         raise ValueError(f"no such suite: {suite}")
 
     def make(target: Path) -> None:
-        run(["debootstrap", "--variant=minbase", "--include=qemu-system-x86", suite, str(target)])
+        run(["debootstrap", "--variant=minbase", f"--include={package}", suite, str(target)])
 
-    return made(f"roots/{suite}", make)
+    return made(key, make)
 
 
 def qemu_binary(which: str = "system") -> Executable:
@@ -52,6 +61,16 @@ def qemu_binary(which: str = "system") -> Executable:
     if which in SUITES:
         return executable(str(_relocated(qemu_root(which))))
     return executable(_PROGRAM if which == "system" else which)
+
+
+def qemu_tool(name: str, which: str = "system") -> str:
+    """The path of one of QEMU's tools (qemu-img, qemu-io, ...): "system"'s, or that of one of SUITES."""
+    if which in SUITES:
+        return str(_relocated(_tools_root(which), name))
+    found = shutil.which(name)
+    if found is None:
+        raise RuntimeError(f"there is no {name}: run `make setup`")
+    return found
 
 
 def executable(path: str) -> Executable:
@@ -67,25 +86,28 @@ def executable(path: str) -> Executable:
     return Executable(path=str(Path(found).absolute()), version=(major, minor, micro), banner=match.group(0))
 
 
-def _relocated(root: Path) -> Path:
-    """The script that runs the QEMU of `root`. The place of `root` is written into it, and into its name."""
+def _relocated(root: Path, name: str = _PROGRAM) -> Path:
+    """The script that runs `name` of `root`. The place of `root` is written into it, and into its name."""
 
     def make(target: Path) -> None:
         target.mkdir()
-        program = target / _PROGRAM
-        shutil.copy2(root / "usr/bin" / _PROGRAM, program)
+        program = target / name
+        shutil.copy2(root / "usr/bin" / name, program)
         # RPATH and not RUNPATH: only the former also holds for the libraries' own libraries.
         patch = ["patchelf", "--force-rpath", "--set-rpath", str(root / "usr/lib/x86_64-linux-gnu")]
         run([*patch, "--set-interpreter", str(root / "lib64/ld-linux-x86-64.so.2"), str(program)])
-        firmware = " ".join(f"-L '{root}/usr/share/{name}'" for name in ("qemu", "seabios"))
+        # The tools know no firmware.
+        folders = ("qemu", "seabios") if name == _PROGRAM else ()
+        firmware = " ".join(f"-L '{root}/usr/share/{folder}'" for folder in folders)
         script = target / "curling-qemu"
         script.write_text(
             "#!/bin/sh\n"
             f"export QEMU_MODULE_DIR='{root}/usr/lib/x86_64-linux-gnu/qemu'\n"
-            f"exec '{final / _PROGRAM}' {firmware} \"$@\"\n"
+            f"exec '{final / name}' {firmware} \"$@\"\n"
         )
         script.chmod(0o755)
 
-    key = f"qemu/{root.name}-{digest(str(root), Path(__file__))}"
+    kind = "qemu" if name == _PROGRAM else name
+    key = f"{kind}/{root.name}-{digest(str(root), Path(__file__))}"
     final = cache_root() / key
     return made(key, make) / "curling-qemu"

@@ -8,6 +8,7 @@ cd "$(dirname "$0")/../.."
 packages=(
     qemu-system-x86 qemu-utils iproute2 socat systemd  # what is run
     openssh-client                                     # a client of the server guest
+    libnbd-bin                                         # other clients for our NBD server
     debootstrap patchelf cpio zstd ca-certificates     # for other QEMU versions, and for the guests
     gcc libc6-dev binutils make e2fsprogs              # for the guests' programs
     libcap-dev python3-dev python3-venv                # python-prctl is compiled

@@ -58,6 +58,7 @@ def vm(name: str, **fields: Any) -> dict[str, Any]:
         "generation": 0,
         "arbiter": "manual",
         "ram_bytes": 4 << 30,
+        "disks": [],
         "paused": False,
         "progress": None,
         "statistics": None,

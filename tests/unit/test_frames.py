@@ -85,7 +85,7 @@ def test_the_bytes_of_a_whole_frame_are_these() -> None:
     assert encode_json(Kind.NOTE, 1, content={"paused": True})[40:-28] == b'{"paused":true}'
 
 
-def test_the_kinds_have_the_numbers_of_protocol_2() -> None:
+def test_the_kinds_have_the_numbers_of_protocol_3() -> None:
     assert {kind.name: int(kind) for kind in Kind} == {
         "HELLO": 1,
         "WELCOME": 2,
@@ -105,6 +105,10 @@ def test_the_kinds_have_the_numbers_of_protocol_2() -> None:
         "RESTING": 16,
         "PROBE": 17,
         "FACTS": 18,
+        "DISK": 19,
+        "DISK_ACK": 20,
+        "OFFER": 21,
+        "WANT": 22,
     }
 
 

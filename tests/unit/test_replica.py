@@ -315,7 +315,7 @@ def test_a_checkpoint_with_a_part_missing_is_refused(subject: Subject) -> None:
         CheckpointHead(head.ram - 1, head.device + 1, 0, 1).encode() + ram + device,
         CheckpointHead(head.ram + 1, head.device - 1, 0, 1).encode() + ram + device,
         CheckpointHead(0, head.device, 0, 1).encode() + device,
-        CheckpointHead(head.ram, head.device, 4, 1).encode() + ram + device + b"disk",
+        CheckpointHead(head.ram, head.device, 4, 1).encode() + ram + device,
         CheckpointHead(head.ram, head.device, 0, 1).encode() + ram + device[:-1],
         CheckpointHead(2 * head.ram, head.device, 0, 1).encode() + ram + ram + device,
         b"",

@@ -121,7 +121,7 @@ def test_the_wrong_host_is_told_which_is_the_right_one(
 
 def test_the_remedy_for_a_writable_disk_names_the_keys() -> None:
     remedy = sentence(errors.WritableDisk(("disk0",))).remedy
-    assert "list it under shared_disks" in remedy
+    assert "take it out of shared_disks" in remedy
     assert "scratch_disks" in remedy
     assert "make it read-only" in remedy
 

@@ -138,7 +138,7 @@ async def test_a_payload_of_any_length_arrives_as_it_was(nursery: trio.Nursery, 
     async with linked() as (link, receiver):
         buffer = filled(length)
         header = Header(Kind.BULK, 1, 1, length)
-        nursery.start_soon(link.send_raw, header, b"", buffer, length)
+        nursery.start_soon(link.send_raw, header, b"", (buffer, length))
         assert await receiver.payload() == (header, bytes(buffer.view[:length]))
         buffer.close()
 
@@ -146,7 +146,7 @@ async def test_a_payload_of_any_length_arrives_as_it_was(nursery: trio.Nursery, 
 async def test_a_preface_and_a_part_of_a_buffer_make_one_payload(nursery: trio.Nursery) -> None:
     async with linked() as (link, receiver):
         buffer = filled(100_000)
-        nursery.start_soon(link.send_raw, Header(Kind.CHECKPOINT, 1, 1, 50_007), b"preface", buffer, 50_000)
+        nursery.start_soon(link.send_raw, Header(Kind.CHECKPOINT, 1, 1, 50_007), b"preface", (buffer, 50_000))
         assert (await receiver.payload())[1] == b"preface" + bytes(buffer.view[:50_000])
         buffer.close()
 
@@ -156,7 +156,7 @@ async def test_frames_of_many_tasks_do_not_mix(nursery: trio.Nursery) -> None:
         buffer = filled(300_000)
         expected = bytes(buffer.view)
         for n in range(10):
-            nursery.start_soon(link.send_raw, Header(Kind.CHECKPOINT, 1, n, 300_000), b"", buffer, 300_000)
+            nursery.start_soon(link.send_raw, Header(Kind.CHECKPOINT, 1, n, 300_000), b"", (buffer, 300_000))
             nursery.start_soon(partial(link.send, Kind.NOTE, 1, n, {"paused": True}))
         seen: dict[Kind, set[int]] = {Kind.CHECKPOINT: set(), Kind.NOTE: set()}
         for _ in range(20):
@@ -173,7 +173,7 @@ async def test_what_went_over_the_link_is_counted(nursery: trio.Nursery) -> None
     async with linked() as (link, receiver):
         buffer = filled(5000)
         await link.send(Kind.HEARTBEAT, 1)
-        nursery.start_soon(link.send_raw, Header(Kind.BULK, 1, 1, 5000), b"", buffer, 5000)
+        nursery.start_soon(link.send_raw, Header(Kind.BULK, 1, 1, 5000), b"", (buffer, 5000))
         await receiver.link.receive()
         await receiver.payload()
         await trio.testing.wait_all_tasks_blocked()
@@ -292,7 +292,7 @@ async def test_a_frame_whose_sender_is_cancelled_is_finished_and_the_link_stays_
 
         async def send() -> None:
             with scope:
-                await link.send_raw(Header(Kind.CHECKPOINT, 1, 1, LONG), b"", buffer, LONG)
+                await link.send_raw(Header(Kind.CHECKPOINT, 1, 1, LONG), b"", (buffer, LONG))
                 await trio.sleep_forever()
             ended.set()
 
@@ -319,7 +319,7 @@ async def test_a_sender_that_is_cancelled_before_its_turn_sends_nothing(nursery:
             with scope:
                 await link.send(Kind.NOTE, 1, content={"never": "sent"})
 
-        nursery.start_soon(link.send_raw, Header(Kind.CHECKPOINT, 1, 1, LONG), b"", buffer, LONG)
+        nursery.start_soon(link.send_raw, Header(Kind.CHECKPOINT, 1, 1, LONG), b"", (buffer, LONG))
         await until(lambda: link.statistics.sent > HEADER_SIZE)
         nursery.start_soon(give_up)
         await trio.testing.wait_all_tasks_blocked()
@@ -384,7 +384,7 @@ async def test_a_frame_in_which_nothing_moves_is_given_up(autojump_clock: trio.t
         buffer = filled(LONG)
         started = trio.current_time()
         with pytest.raises(LinkLost, match="nothing moved"):
-            await link.send_raw(Header(Kind.CHECKPOINT, 1, 1, LONG), b"", buffer, LONG)
+            await link.send_raw(Header(Kind.CHECKPOINT, 1, 1, LONG), b"", (buffer, LONG))
         assert trio.current_time() - started >= STALL
         buffer.close()
 
@@ -405,7 +405,7 @@ async def test_without_a_free_buffer_the_sender_waits_and_memory_stays_bounded(n
         narrow(receiver.link)
         buffer, held = filled(LONG), []
         for sequence in range(5):
-            nursery.start_soon(link.send_raw, Header(Kind.BULK, 1, sequence, LONG), b"", buffer, LONG)
+            nursery.start_soon(link.send_raw, Header(Kind.BULK, 1, sequence, LONG), b"", (buffer, LONG))
 
         async def take() -> None:
             while True:
@@ -494,7 +494,7 @@ async def test_closing_wakes_whoever_is_inside_a_frame_to_send(nursery: trio.Nur
 
         async def send() -> None:
             with pytest.raises(LinkLost) as caught:
-                await link.send_raw(Header(Kind.CHECKPOINT, 1, 1, LONG), b"", buffer, LONG)
+                await link.send_raw(Header(Kind.CHECKPOINT, 1, 1, LONG), b"", (buffer, LONG))
             told.append(caught.value.why)
 
         async def send_later() -> None:
@@ -549,7 +549,7 @@ async def test_a_sender_whose_link_is_closed_between_two_slices_touches_no_other
 
         async def send() -> None:
             with pytest.raises(LinkLost) as caught:
-                await link.send_raw(Header(Kind.CHECKPOINT, 1, 1, LONG), b"", buffer, LONG)
+                await link.send_raw(Header(Kind.CHECKPOINT, 1, 1, LONG), b"", (buffer, LONG))
             told.append(caught.value.why)
 
         async def close() -> None:
@@ -579,7 +579,7 @@ async def test_a_closed_link_says_so_and_holds_no_descriptor() -> None:
         buffer = filled(1)
         for attempt in (
             partial(link.send, Kind.HEARTBEAT, 1),
-            partial(link.send_raw, Header(Kind.BULK, 1, 1, 1), b"", buffer, 1),
+            partial(link.send_raw, Header(Kind.BULK, 1, 1, 1), b"", (buffer, 1)),
             link.receive,
         ):
             with pytest.raises(LinkLost, match="closed"):
