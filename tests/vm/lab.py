@@ -250,7 +250,7 @@ class Lab:
         await self.on_each(partial(self._forget, taps))
         if machine != self.machine:
             self.machine = machine
-            await self.on_each(self.configure)
+            await self.on_each(self._write_guest)
         for path in self.shared.iterdir():
             path.unlink()
         await self.on_each(self.enable)
