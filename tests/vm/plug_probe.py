@@ -42,7 +42,7 @@ from curling_fd.output.watch import OutputWatch
 
 LIMIT = 64 << 20
 #: How often guest and daemon are killed at a random moment.
-KILLS = 200
+KILLS = int(os.environ["CURLING_KILLS"])
 
 #: What a daemon says when an epoch is committed: the number of the first packet behind it.
 COMMIT = struct.Struct("=Q")
