@@ -26,7 +26,6 @@ class Flights:
         self._pool = pool
         self._log = log
         self._flights: deque[tuple[int, Captured, ClosedLog]] = deque()
-        self._changed = trio.Event()
         self._send, self._due = trio.open_memory_channel[tuple[int, Captured, ClosedLog]](0)
 
     async def add(self, sequence: int, captured: Captured, disk: ClosedLog | None) -> None:
@@ -57,13 +56,6 @@ class Flights:
         self._pool.release(captured.buffer)
         if self._log is not None:
             self._log.release(disk)
-        self._changed.set()
-        self._changed = trio.Event()
-
-    async def landed(self) -> None:
-        """Wait until every checkpoint that was added is committed."""
-        while self._flights:
-            await self._changed.wait()
 
     def close(self) -> None:
         """The session is over: what is still on its way does not count any more."""

@@ -296,13 +296,17 @@ class PrimarySession:
             self._counters.captured(captured.pages, captured.ram + captured.device)
             await self._flights.add(self._sequence, captured, self._disk_log)
             if last:
-                await self._flights.landed()
+                await self._all_committed()
                 return Finish.SWITCH
+
+    async def _all_committed(self) -> None:
+        while self._committed < self._sequence:
+            await self._stirred.wait()
 
     async def _come_to_rest(self) -> None:
         """Have nothing under way: no checkpoint, no operator's order, and no frame in either direction."""
         await self._capturing.acquire()
-        await self._flights.landed()
+        await self._all_committed()
         self.peer_rests |= self._pulse.resting  # it answers when it is back
         await self._pulse.rest(REST_LIMIT)
         self._rest_asked = True
@@ -315,7 +319,7 @@ class PrimarySession:
         await self._pulse.rest(seconds)
         async with self._capturing:
             pass  # one that is being taken is shipped as well
-        await self._flights.landed()
+        await self._all_committed()
         await self._link.send(Kind.RESTING, self._generation)
 
     async def _capture(self, buffer: Buffer, *, resume: bool) -> Captured:

@@ -40,6 +40,8 @@ async def activate(qmp_path: Path, replica: Replica, *, paused: bool) -> None:
                     await qmp.execute("migrate-incoming", {"uri": f"fd:{_FD_NAME}"})
                     await trio.to_thread.run_sync(_send, ours, replica)
                     await _loaded(events)
+                    # With it on, the VM could not be protected from here by background snapshots.
+                    await set_capabilities(qmp, {"late-block-activate": False})
                     if not paused:
                         await qmp.execute("cont")
                         await _resumed(events)

@@ -258,7 +258,7 @@ async def test_a_disk_without_a_fitting_copy_on_the_backup(unstable_qemu: Execut
 
         await is_refused("CopyMissing", f"There is no {copy} on the backup", "'qemu-img create -f raw")
         make("raw", "2M")
-        await is_refused("CopyWrongSize", "of 2 MiB, and the disk data0", "qemu-img resize --shrink")
+        await is_refused("CopyWrongSize", "of 2097152 bytes, and the disk data0", "qemu-img resize --shrink")
         make("qcow2", "1M")
         await is_refused("CopyWrongFormat", "is qcow2 and not raw", "'qemu-img create -f raw")
         make("raw", "1M")
@@ -515,7 +515,7 @@ async def test_a_backup_that_speaks_garbage(unstable_qemu: Executable, after: st
             await stream.send_all(encode_json(Kind.WELCOME, 0, content={"host": "beta"}))
             await next_frame(stream)
         if after == "BULK":
-            await stream.send_all(encode_json(Kind.PREPARED, 0))
+            await stream.send_all(encode_json(Kind.PREPARED, 0, content={"alike": []}))
             await stream.receive_some(1)
         await stream.send_all(GARBAGE)
         await everything(stream)

@@ -228,7 +228,9 @@ async def test_the_guest_waits_behind_a_port_that_lets_nothing_out_or_in(net: Se
     await settled(lambda: net.switch_port(OLD) == "to-client")
     assert arrivals(tap) == []
     await failover.prepare(LEARNED)
-    assert arrivals(tap) == []
+    # Now the port is open, and the kernel itself may have something to say. What was sent before is lost.
+    old = bytes.fromhex(OLD.replace(":", ""))
+    assert [frame for frame in arrivals(tap) if frame[6:12] == old] == []
     os.close(tap)
     await failover.withdraw()
 

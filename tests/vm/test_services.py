@@ -93,7 +93,7 @@ async def survives(lab: Lab, machine: Machine) -> None:
     for addresses, mac, tap in zip(SERVER_ADDRESSES, GUEST_MACS, machine.taps, strict=False):
         assert {after[address] for address in addresses} == {mac}
         fdb = await lab.beta.agent.run(["bridge", "-j", "fdb", "show", "br", "br0"])
-        assert [entry["ifname"] for entry in json.loads(fdb.stdout) if entry["mac"] == mac] == [tap]
+        assert {entry["ifname"] for entry in json.loads(fdb.stdout) if entry["mac"] == mac} == {tap}
 
 
 def neighbours(lab: Lab) -> dict[str, str]:
