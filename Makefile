@@ -3,16 +3,18 @@
 #
 #   make demo                 two hosts, one dies, the VM goes on
 #   make demo QEMU=/path      the same with another QEMU, or "trixie" or "unstable": those of these releases
-#   make test                 all tests; those of two virtual hosts with systemd and KVM come last
+#   make test                 the tests; those of two virtual hosts with systemd and KVM come last
+#   make lab                  all tests of virtual hosts, half an hour
 #   make test TESTS=tests/unit
 #   make bench                the measurements, into build/bench.json
 #   make lint                 style, types, layers
 
 PYTHON := .venv/bin/python
 QEMU :=
-TESTS := tests/unit tests/integration tests/vm
+# Of the lab what a release must not break; all of it doubles the time.
+TESTS := tests/unit tests/integration tests/vm/test_doctor.py tests/vm/test_failover.py
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test lab bench lint clean
 
 setup:
 	@tests/lab/setup.sh
@@ -22,6 +24,9 @@ demo: setup
 
 test: setup
 	$(PYTHON) -m pytest $(TESTS)
+
+lab: setup
+	$(PYTHON) -m pytest tests/vm
 
 bench: setup
 	$(PYTHON) -m bench $(if $(QEMU),--qemu '$(QEMU)')
