@@ -79,6 +79,13 @@ class DiskError(CurlingError):
 
 
 @define(auto_exc=True, slots=False, str=False, eq=False)
+class DisksChanged(DiskError):
+    """The VM has other disks than when its protection began: `disks` came, went, or were resized."""
+
+    disks: tuple[str, ...]
+
+
+@define(auto_exc=True, slots=False, str=False, eq=False)
 class DiskLogFull(DiskError):
     """What was written in one epoch came to `limit` bytes."""
 

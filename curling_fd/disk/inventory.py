@@ -127,6 +127,18 @@ def replicated(
     return tuple(found)
 
 
+def path_of(drives: Sequence[Mapping[str, Any]], name: str) -> str | None:
+    """The file of the disk called `name`, out of the answer to `query-block`; None if there is no such disk.
+
+    Raises:
+        DiskUnfit: it has none.
+    """
+    for drive in drives:
+        if drive.get("inserted") is not None and name_of(drive) == name:
+            return _path(name, str(drive["inserted"]["file"]))
+    return None
+
+
 def name_of(drive: Mapping[str, Any]) -> str:
     """What a drive is called: names that somebody has given before those that QEMU makes up."""
     inserted = drive.get("inserted") or {}

@@ -18,6 +18,7 @@ from curling_fd.disk.errors import (
     DiskError,
     DiskLogFailed,
     DiskLogFull,
+    DisksChanged,
     DiskUnfit,
     NbdError,
     NbdRequestFailed,
@@ -56,6 +57,12 @@ WORDS: dict[type[CurlingError], tuple[str, str]] = {
     DiskError: (
         "The backup's copies of the disks could not follow the guest's; it runs on, unprotected.",
         "Look into 'journalctl -u curlingd' on both hosts.",
+    ),
+    DisksChanged: (
+        "The VM's disks have changed while it was protected: {disks}.",
+        "It runs on, unprotected, until it is tried again, which is done at once. A device that was "
+        "plugged in after the VM's start cannot be replicated: start the VM anew with it on its command "
+        "line.",
     ),
     DiskLogFull: (
         "The guest wrote more than {limit} to its disks before a checkpoint could take it.",

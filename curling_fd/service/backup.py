@@ -164,7 +164,7 @@ class BackupSession:
     @property
     def can_rest(self) -> bool:
         """Whether there is something that the next daemon can go on with."""
-        return self._first_committed.is_set() and self._copies is None
+        return self._first_committed.is_set()
 
     def interrupt(self, why: str) -> None:
         """Let go of the primary: `run` raises LinkLost. A checkpoint that is whole is committed first."""

@@ -13,14 +13,25 @@ from contextlib import suppress
 from typing import Any
 
 import trio
-from attrs import define, evolve
+from attrs import define, evolve, frozen
 
 from curling_fd.disk.copies import Copies
 from curling_fd.disk.inventory import Disk
 from curling_fd.disk.marker import Marker
 from curling_fd.disk.markers import MarkerStore, stamp
 from curling_fd.disk.spec import CopySpec
-from curling_fd.errors import ConfigError, DiskCopyFailed
+from curling_fd.errors import ConfigError, CopyUnusable, DiskCopyFailed
+
+
+@frozen
+class CopiesLeft:
+    """Copies between two processes that have them in turn: closed meanwhile, and known by their markers."""
+
+    disks: tuple[Disk, ...]
+    paths: tuple[str, ...]
+    basis: str
+    generation: int
+    sequence: int
 
 
 @define(eq=False)
@@ -83,6 +94,27 @@ class SessionCopies:
             copies.close()
             raise
         return cls(vm, store, tuple(disks), tuple(paths), copies, basis, tuple(alike), generation, markers)
+
+    @classmethod
+    def inherit(cls, vm: str, store: MarkerStore, left: CopiesLeft) -> SessionCopies:
+        """Go on with the copies that another process has `left`.
+
+        Raises:
+            CopyUnfit: somebody has touched one meanwhile.
+            ConfigError: it cannot be remembered.
+        """
+        copies = cls.open(vm, store, left.disks, left.paths, left.basis, left.generation)
+        copies.sequence, copies.begun = left.sequence, True
+        for disk, path, alike in zip(left.disks, left.paths, copies.alike, strict=True):
+            if not alike:
+                copies.spoiled = True
+                copies.copies.close()
+                raise CopyUnusable(disk.name, path, "it was changed while curlingd was restarted")
+        return copies
+
+    def left(self) -> CopiesLeft:
+        """What `inherit` needs; they are closed."""
+        return CopiesLeft(self.disks, self.paths, self.basis, self.generation, self.sequence)
 
     def show(self) -> list[dict[str, Any]]:
         """As the control interface's type `Disk`."""

@@ -175,10 +175,18 @@ class DiskShipper:
         while self._flights:
             await self._landed.wait()
 
-    def close(self) -> None:
-        """The session is over: what the backup has not acknowledged is marked."""
+    def close(self, closed: ClosedLog | None, *, keep: bool) -> None:
+        """The session is over: what the backup has not acknowledged is marked.
+
+        Args:
+            closed: the log of a checkpoint that came to nothing.
+            keep: the next daemon goes on with it, and the log.
+        """
         self.log.wake = lambda: None
-        self.log.track()
+        if not keep:
+            self.log.track()
+        if closed is not None:
+            self.log.release(closed)
         while self._flights:
             self.log.release(self._flights.popleft()[1])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from curling_fd.disk.inventory import Disk
 from curling_fd.errors import QmpError
 from curling_fd.failover.states import State
 from curling_fd.qmp.client import QmpClient, open_qmp
-from curling_fd.service.mirror import DiskMirror, sweep
+from curling_fd.service.mirror import DiskMirror, MirrorLeft, sweep
 from curling_fd.service.record import VmRecord
 
 
@@ -44,16 +44,23 @@ class VmDisks:
             disk.show(disk.path, "tracked", marked) for disk, marked in zip(mirror.disks, dirty, strict=True)
         ]
 
-    @property
-    def replicated(self) -> bool:
-        """Whether there are any."""
-        return self._mirror is not None
-
     def basis(self, pid: int, disks: Sequence[Disk]) -> str:
         """Of the log that the next mirror of `disks` of that QEMU will have."""
         if self._mirror is not None and self._mirror.fits(pid, disks):
             return self._mirror.log.basis
         return self._next_basis
+
+    def inherit(self, left: MirrorLeft | None, fds: Mapping[str, int]) -> DiskMirror | None:
+        """Go on with the mirrors that the daemon before us has `left`, if any."""
+        if left is not None:
+            self._mirror = DiskMirror.inherit(self._directory(), left, fds, self._record.host.nursery)
+        return self._mirror
+
+    def _directory(self) -> Path:
+        """Where the disks are read; no VM's name begins with a dot."""
+        directory = Path(self._record.host.config.runtime_directory) / ".disks"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return directory / self._record.name
 
     async def mirror(self, qmp: QmpClient, disks: Sequence[Disk]) -> DiskMirror | None:
         """A mirror of `disks` for a session; None where there are none.
@@ -73,12 +80,8 @@ class VmDisks:
         sizes = [disk.size for disk in disks]
         basis, self._next_basis = self._next_basis, secrets.token_hex(16)
         log = DiskLog(sizes, config.disk_log_limit, config.buffers + 1, basis)
-        runtime = Path(self._record.host.config.runtime_directory)
-        # No VM's name begins with a dot.
-        directory = runtime / ".disks"
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory /= self._record.name
-        self._mirror = DiskMirror(directory, disks, log, qmp.pid, self._record.host.nursery)
+        nursery = self._record.host.nursery
+        self._mirror = DiskMirror(self._directory(), disks, log, qmp.pid, nursery)
         try:
             await self._mirror.attach(qmp)
         except BaseException:
@@ -96,6 +99,10 @@ class VmDisks:
                 async with open_qmp(self._record.qmp) as qmp:
                     await self._mirror.detach(qmp)
         await self._free()
+
+    def forget(self) -> None:
+        """The mirror was left to the next daemon."""
+        self._mirror = None
 
     async def _free(self) -> None:
         if self._mirror is not None:

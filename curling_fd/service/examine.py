@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+import trio
 from attrs import field, frozen
 
 from curling_fd.capture.probe import Choice, choose
@@ -12,6 +13,7 @@ from curling_fd.capture.settings import capabilities, set_capabilities
 from curling_fd.disk.inventory import Disk, replicated
 from curling_fd.errors import (
     CannotDerive,
+    DisksChanged,
     GuestNotRunning,
     MigrationBlocked,
     QmpCommandFailed,
@@ -22,6 +24,13 @@ from curling_fd.service.mirror import is_ours
 from curling_fd.service.network import Cards, cards_of
 from curling_fd.standby.cmdline import device_ids
 from curling_fd.vmstate.records import Block
+
+#: Seconds between two looks at a protected VM's disks.
+_LOOK_AT_DISKS = 2.0
+
+#: Why background snapshots do not go with replicated disks: QEMU lets the guest go on before anybody outside
+#: can know that it has stood still, and its writes before and after cannot be told apart.
+_CANNOT_TELL = "which writes to its disks come before a snapshot cannot be told"
 
 #: Run states in which a guest is worth protecting: it runs, or will when its checkpoint is over.
 _RUNNING = ("running", "colo")
@@ -80,7 +89,7 @@ async def examine(
         qmp.greeting.version,
         accelerator,
         frozenset(known),
-        background_snapshot=await _try_background_snapshot(qmp, known),
+        background_snapshot=_CANNOT_TELL if disks else await _try_background_snapshot(qmp, known),
         unusable=unusable or {},
     )
     backends = await qmp.execute("query-memdev")
@@ -100,6 +109,25 @@ async def disks_of(qmp: QmpClient, shared: Collection[str], scratch: Collection[
     """
     jobs = [job for job in await qmp.execute("query-block-jobs") if not is_ours(job["device"])]
     return replicated(await qmp.execute("query-block"), jobs, shared, scratch)
+
+
+async def disks_changed(
+    qmp: QmpClient, before: Sequence[Disk], shared: Collection[str], scratch: Collection[str]
+) -> None:
+    """Look now and then whether the VM still has the disks that it had `before`; returns never.
+
+    QEMU tells nobody when one is plugged in or resized.
+
+    Raises:
+        DisksChanged: it has others.
+        WritableDisk, DiskUnfit: it has one that cannot be replicated.
+    """
+    while True:
+        await trio.sleep(_LOOK_AT_DISKS)
+        now = await disks_of(qmp, shared, scratch)
+        if list(now) != list(before):
+            different = {disk.name for disk in {*now} ^ {*before}}
+            raise DisksChanged(tuple(sorted(different)))
 
 
 async def _try_background_snapshot(qmp: QmpClient, known: dict[str, bool]) -> str | None:

@@ -90,10 +90,11 @@ class Follower:
 
         Raises:
             StandbyFailed: the standby is gone, and the replica with it.
+            CopyUnfit: so is a copy of a disk.
         """
         record = self._record
         try:
-            self._kept = inherit_replica(estate, left)
+            self._kept = inherit_replica(record, estate, left)
             record.counters.inherit(left.totals)
             link = estate.fds.pop("link", None)
         finally:
@@ -246,7 +247,7 @@ class Follower:
                 await self._take_handed_over(link, outcome)
             else:
                 kept.paused, kept.peer_rests = session.paused, outcome.peer_rests
-                leave_replica(record, kept, link, silent=False)
+                await leave_replica(record, kept, link, silent=False)
         finally:
             kept.paused = kept.paused or session.paused
             self._session = None
@@ -454,8 +455,8 @@ class Follower:
         self._suspect_no_more()
         while self._claiming:  # a takeover is finished: nobody else may run the VM now
             await record.changed.park()
-        if keeps and record.state is State.SUSPECT and self._kept is not None and not self._kept.copies:
-            leave_replica(record, self._kept, None, silent=self._silent)
+        if keeps and record.state is State.SUSPECT and self._kept is not None:
+            await leave_replica(record, self._kept, None, silent=self._silent)
         if self._let_go():
             await self._network.withdraw()
         await self._closing.done()

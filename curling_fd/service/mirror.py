@@ -14,19 +14,21 @@ the next session makes a new one, and compares everything.
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import trio
+from attrs import frozen
 
-from curling_fd.disk.endpoint import DiskEndpoint
+from curling_fd.disk.endpoint import DiskEndpoint, Ending
 from curling_fd.disk.epoch import DiskLog
+from curling_fd.disk.holdings import DiskLogLeft
 from curling_fd.disk.inventory import Disk
 from curling_fd.errors import CurlingError, DiskLogFailed, DiskUnfit, QmpCommandFailed, QmpError
-from curling_fd.nbd.server import Export
+from curling_fd.nbd.server import Export, Session
 from curling_fd.qmp.client import EventStream, QmpClient
-from curling_fd.qmp.protocol import Event
+from curling_fd.qmp.protocol import Event, encode_command
 
 #: What our jobs, nodes and exports in a QEMU are called, and a number.
 _PREFIX = "curling-disk"
@@ -51,8 +53,21 @@ def is_ours(name: str) -> bool:
     return name.startswith(_PREFIX)
 
 
+@frozen
+class MirrorLeft:
+    """Mirrors between two processes that serve them in turn.
+
+    Descriptors go beside it: `sock0`, ... the connections of the disks, `log0`, ... the log's.
+    """
+
+    disks: tuple[Disk, ...]
+    pid: int
+    log: DiskLogLeft
+    sessions: tuple[Session, ...]
+
+
 class DiskMirror:
-    """The mirrors of all `disks` of a VM, and the log they write to. Made by `open_mirror`.
+    """The mirrors of all `disks` of a VM, and the log they write to.
 
     Args:
         directory: for the socket by which the disks are read, where only we may enter.
@@ -73,15 +88,59 @@ class DiskMirror:
         self._directory = directory
         self._nursery = nursery
         self._endpoints: list[DiskEndpoint] = []
+        self._socks: list[socket.socket] = []
         self._serving = 0
         self._idle = trio.Event()
         self._idle.set()
         self._ending = False
 
+    @classmethod
+    def inherit(
+        cls, directory: Path, left: MirrorLeft, fds: Mapping[str, int], nursery: trio.Nursery
+    ) -> DiskMirror:
+        """Go on with the mirrors that another process has `left`; the descriptors are owned from here on."""
+        logs = [fds[f"log{number}"] for number in range(1 + left.log.logging)]
+        mirror = cls(directory, left.disks, DiskLog.inherit(left.log, logs, lambda: None), left.pid, nursery)
+        for number, (disk, session) in enumerate(zip(left.disks, left.sessions, strict=True)):
+            sock = socket.socket(fileno=fds[f"sock{number}"])
+            sock.setblocking(True)
+            mirror._serve_soon(sock, number, disk, session)
+        return mirror
+
+    async def leave(self) -> tuple[MirrorLeft, dict[str, int]]:
+        """Serve no more; what the guest writes waits in the sockets until somebody goes on with them.
+
+        To be called while nothing of the log is on its way. What `inherit` needs; descriptors are borrowed.
+
+        Raises:
+            DiskLogFailed: a mirror is broken.
+        """
+        self._ending = True
+        self.log.open_gate()  # who waits for a checkpoint would not come to an end
+        for endpoint in self._endpoints:
+            endpoint.stop()
+        await self._idle.wait()
+        sessions = [endpoint.session for endpoint in self._endpoints if endpoint.session is not None]
+        if self.broken is not None or len(sessions) != len(self.disks):
+            raise DiskLogFailed(self.broken or "a mirror has ended")
+        log, fds = self.log.leave()
+        named = {f"log{number}": fd for number, fd in enumerate(fds)}
+        named |= {f"sock{number}": sock.fileno() for number, sock in enumerate(self._socks)}
+        return MirrorLeft(self.disks, self.pid, log, tuple(sessions)), named
+
     @property
     def directory(self) -> Path:
         """Where the disks are read."""
         return self._directory
+
+    @property
+    def last_will(self) -> bytes:
+        """What QEMU is to be told when this process stands still: else it waits for us with all it does.
+
+        Out of band, for its main loop may be what waits.
+        """
+        instances = [{"type": "block-node", "node-name": ident(number)} for number in range(len(self.disks))]
+        return encode_command("yank", {"instances": instances}, "curling-guard-disks", out_of_band=True)
 
     def fits(self, pid: int, disks: Sequence[Disk]) -> bool:
         """Whether it can go on for these disks of that QEMU."""
@@ -137,28 +196,35 @@ class DiskMirror:
                     break
         raise DiskUnfit(disk.name, "QEMU's mirror of it ended at once", "QEMU's own log may say why")
 
-    def _serve_soon(self, sock: socket.socket, number: int, disk: Disk) -> None:
+    def _serve_soon(
+        self, sock: socket.socket, number: int, disk: Disk, session: Session | None = None
+    ) -> None:
         """Answer on `sock`, which is owned from here on."""
-        endpoint = DiskEndpoint(sock, Export(ident(number), disk.size), self.log.sink(number))
+        export = Export(ident(number), disk.size)
+        endpoint = DiskEndpoint(sock, export, self.log.sink(number), session=session)
         self._endpoints.append(endpoint)
+        self._socks.append(sock)
         self._serving += 1
         self._idle = trio.Event()
         self._nursery.start_soon(self._serve, endpoint, sock, disk)
 
     async def _serve(self, endpoint: DiskEndpoint, sock: socket.socket, disk: Disk) -> None:
-        problem = "QEMU has closed its connection"
+        problem: str | None = "it was cancelled"
         try:
-            await endpoint.serve()
+            ending = await endpoint.serve()
+            problem = "QEMU has closed its connection" if ending is Ending.LEFT else None
         except CurlingError as error:
             problem = str(error)
         finally:
-            sock.close()
             endpoint.close()
+            if problem is not None:
+                sock.close()
+                if not self._ending:
+                    self.fail(f"the mirror of {disk.name} has ended: {problem}")
+                self.broken = self.broken or problem
             self._serving -= 1
             if not self._serving:
                 self._idle.set()
-            if not self._ending:
-                self.fail(f"the mirror of {disk.name} has ended: {problem}")
 
     def fail(self, why: str) -> None:
         """It is of no more use: what the guest writes from now on may not come here."""
@@ -195,6 +261,8 @@ class DiskMirror:
         for endpoint in self._endpoints:
             endpoint.abort()
         await self._idle.wait()
+        for sock in self._socks:
+            sock.close()
         self.log.free()
 
 

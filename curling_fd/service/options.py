@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from enum import Enum
 
 import attrs
@@ -50,14 +50,22 @@ class SessionOptions:
 
 
 def engine_options(
-    config: VmConfig, daemon: DaemonConfig, hold: OutputHold, pass_limit: PassLimit | None
+    config: VmConfig,
+    daemon: DaemonConfig,
+    hold: OutputHold,
+    pass_limit: PassLimit | None,
+    will: bytes = b"",
 ) -> EngineOptions:
-    """What the engine of a session is to be opened with, its packets being held by `hold`."""
+    """What the engine of a session is to be opened with, its packets being held by `hold`.
+
+    Args:
+        will: what QEMU is to be told first when this daemon is gone.
+    """
     return EngineOptions(
         request_delay_ms=max(1, int(config.shortest_epoch * 1000)),
         stop_limit=daemon.stop_limit,
         pass_limit=pass_limit,
-        will=hold.last_will,
+        will=will + hold.last_will,
     )
 
 
@@ -87,6 +95,7 @@ class Callbacks:
     """What the session's owner wants to know as it happens.
 
     Attributes:
+        disks_changed: returns never, and raises when the VM has other disks than when the session began.
         progress: bytes of the first pass sent so far.
         copied: how far the copy of the disks is.
         committed: the backup holds a first whole checkpoint: the VM is protected.
@@ -94,6 +103,7 @@ class Callbacks:
         ended: the guest has ended; the session is about to.
     """
 
+    disks_changed: Callable[[], Awaitable[None]]
     progress: Callable[[int], None]
     copied: Callable[[CopyProgress], None]
     committed: Callable[[], None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,19 @@ import trio
 
 from curling_fd.capture.intake import PIECE
 from curling_fd.capture.probe import Choice
-from curling_fd.disk.inventory import decode
-from curling_fd.errors import FrameError, HostsDisagree
+from curling_fd.disk.inventory import decode, path_of
+from curling_fd.errors import CopyUnusable, FrameError, HostsDisagree
 from curling_fd.failover.arbiter import FileArbiter
 from curling_fd.link.frames import HEAD_SIZE, Kind
 from curling_fd.link.transport import FrameLink
+from curling_fd.qmp.client import open_qmp
 from curling_fd.replica.image import Replica
 from curling_fd.service.backup import definition_problem
 from curling_fd.service.copies import Closing, SessionCopies
 from curling_fd.service.network import VmNetwork, decode_ports, decode_taps
 from curling_fd.service.record import VmRecord
 from curling_fd.service.restart import Kept
-from curling_fd.service.standby import start_standby
+from curling_fd.service.standby import Standby, start_standby
 from curling_fd.standby.paths import Paths
 from curling_fd.vmstate.records import Block
 
@@ -65,6 +67,12 @@ async def prepare(record: VmRecord, network: VmNetwork, link: FrameLink, closing
             staging=min(max_raw, record.ram_bytes + max_disk_log),
             taps=decode_taps(content.get("taps", {})),
         )
+        if copies is not None:
+            try:
+                await _check_paths(standby, copies)
+            except BaseException:
+                standby.close()
+                raise
     except BaseException:
         if copies is not None:
             closing.begin(copies)
@@ -83,6 +91,20 @@ async def _open_copies(record: VmRecord, content: dict[str, Any], generation: in
     return await trio.to_thread.run_sync(
         SessionCopies.open, record.name, markers, disks, paths, basis, generation
     )
+
+
+async def _check_paths(standby: Standby, copies: SessionCopies) -> None:
+    """See that what the standby has opened are the copies: after a failover it would run from other disks.
+
+    Raises:
+        CopyUnusable: it has another one.
+    """
+    async with open_qmp(standby.qmp_path) as qmp:
+        drives = await qmp.execute("query-block")
+    for disk, path in zip(copies.disks, copies.paths, strict=True):
+        found = path_of(drives, disk.name)
+        if found is None or os.path.realpath(found) != os.path.realpath(path):
+            raise CopyUnusable(disk.name, path, f"the standby's command line has {found} for that disk")
 
 
 async def _check_arbiter(record: VmRecord, token: object) -> None:

@@ -50,15 +50,12 @@ from curling_fd.service.options import Callbacks, Finish, SessionOptions
 from curling_fd.service.pace import Boundary
 from curling_fd.service.pass_shipper import PassShipper
 from curling_fd.service.statistics import Counters
-from curling_fd.service.stops import StopWatcher, Window, clock_ahead_us, how_it_ended, now_us
+from curling_fd.service.stops import StopWatcher, Window, how_it_ended, now_us
 from curling_fd.system.buffers import Buffer, BufferPool, PoolStatistics
 from curling_fd.system.nursery import open_nursery
 
 #: Seconds within which QEMU, asked to let the guest go on, says that it does.
 _START_LIMIT = 10.0
-
-#: Microseconds by which the wall clock may drift, or be slewed, between two looks.
-_CLOCK_STEP_US = 50_000
 
 #: Seconds the backup may take to load a handed-over VM and run it.
 HANDOVER_TIMEOUT = 15.0
@@ -121,13 +118,11 @@ class PrimarySession:
         self._disk_log: ClosedLog | None = None  # of the checkpoint that is being taken
         self._flights = Flights(link, options.generation, self._pool, mirror.log if mirror else None)
         self._pulse = Pulse(link, options.generation, options.heartbeat_interval, options.failure_timeout)
-        self._clock_ahead = clock_ahead_us()
         self.peer_rests = self._rest_asked = False
         self._sequence = self._committed = inherited
         self._capturing = trio.Lock()
         self._stirred = trio.Event()  # replaced at each stir: something the capture waits for changed
-        self._switching = False
-        self._restarting = False
+        self._switching = self._restarting = False
         self._at_rest = trio.Event()  # the backup is silent until we, or the next daemon, say something
         self._notes, self._notes_due = trio.open_memory_channel[Mapping[str, Any]](math.inf)
         self._capture_began: float | None = None
@@ -145,6 +140,7 @@ class PrimarySession:
             SessionEnd: what became of the VM, or that the operator ended it.
             CurlingError: what became of the protection.
         """
+        finish: Finish | None = None
         try:
             async with open_nursery() as nursery:
                 nursery.start_soon(self._receive, nursery)
@@ -152,6 +148,7 @@ class PrimarySession:
                 nursery.start_soon(self._pulse.watch)
                 nursery.start_soon(self._watch)
                 nursery.start_soon(self._notice_end)
+                nursery.start_soon(self._callbacks.disks_changed)
                 nursery.start_soon(self._output.watch, self._stir)
                 nursery.start_soon(self._send_notes, self._notes_due)
                 if self._sequence:
@@ -161,6 +158,7 @@ class PrimarySession:
                 nursery.start_soon(self._flights.ship)
                 finish = await self._capture_all()
                 nursery.cancel_scope.cancel()
+            assert finish is not None
             return finish
         except (EngineFailed, QmpError) as error:
             await explain(self._qmp, self._events, error, self._guest_end)
@@ -169,7 +167,7 @@ class PrimarySession:
             self._end_pass()
             self._pool.close()
             if self._disks is not None:
-                self._disks.close()
+                self._disks.close(self._disk_log, keep=finish is Finish.RESTART)
             self._flights.close()
 
     def capturing_for(self) -> float:
@@ -294,7 +292,8 @@ class PrimarySession:
                     if captured is None:
                         self._pool.release(buffer)
             self._counters.captured(captured.pages, captured.ram + captured.device)
-            await self._flights.add(self._sequence, captured, self._disk_log)
+            disk_log, self._disk_log = self._disk_log, None
+            await self._flights.add(self._sequence, captured, disk_log)
             if last:
                 await self._all_committed()
                 return Finish.SWITCH
@@ -317,6 +316,7 @@ class PrimarySession:
     async def _let_rest(self, seconds: float) -> None:
         """The backup's daemon is restarted: be silent until it is heard again. The guest runs on."""
         await self._pulse.rest(seconds)
+        self._let_writes_pass()
         async with self._capturing:
             pass  # one that is being taken is shipped as well
         await self._all_committed()
@@ -326,10 +326,9 @@ class PrimarySession:
         """Take the next checkpoint; the guest runs again when this returns, unless `resume` is False."""
         sequence = self._sequence + 1
         self._capture_began = trio.current_time()
-        self._look_at_clock()
+        self.stops.look_at_clock()
         self.stops.window_opens(self._window, now_us())
-        if self._disks is not None:
-            self._disks.log.open_gate()
+        self._let_writes_pass()
         try:
             captured = await self._engine.checkpoint(
                 buffer, partial(self._at_boundary, sequence), resume=resume
@@ -343,6 +342,11 @@ class PrimarySession:
             self._capture_began = None
         self._sequence = sequence
         return captured
+
+    def _let_writes_pass(self) -> None:
+        """The guest is about to be stopped, its disks drained: no write may wait for a checkpoint."""
+        if self._disks is not None:
+            self._disks.log.open_gate()
 
     def _at_boundary(self, sequence: int) -> Callable[[], None] | None:
         """What the guest has sent and written so far is of epoch `sequence`. Called in a thread."""
@@ -369,6 +373,7 @@ class PrimarySession:
     async def _order(self, command: str, *, paused: bool) -> None:
         """Carry out what an operator orders, between two checkpoints: within one QEMU would forget it."""
         async with self._capturing:
+            self._let_writes_pass()
             await self._qmp.execute(command)
             changed = self.stops.order(paused)
         if changed:
@@ -456,6 +461,7 @@ class PrimarySession:
                 case Kind.REFUSE:
                     error = refusal(received, self._generation)
                     if isinstance(error, StaleGeneration):
+                        self._let_writes_pass()
                         with suppress(QmpError):  # before all else: the backup is about to run it
                             await self._qmp.execute("stop")
                     raise error
@@ -474,7 +480,8 @@ class PrimarySession:
 
     async def _watch(self) -> None:
         async for event in self._events:
-            await self._on_event(event)
+            if event.name != "JOB_STATUS_CHANGE":  # the mirrors' at every checkpoint
+                await self._on_event(event)
         raise QemuDied()
 
     async def _on_event(self, event: Event) -> None:
@@ -485,16 +492,9 @@ class PrimarySession:
             raise GuestEnded(ended)
         if self._mirror is not None:
             self._mirror.heed(event)
-        self._look_at_clock()
+        self.stops.look_at_clock()
         run_state = await self._qmp.status() if self.stops.must_look(event) else None
         changed = self.stops.feed(event, run_state)
         self._stir()
         if changed:
             self._tell_paused()
-
-    def _look_at_clock(self) -> None:
-        """Notice that the clock by which QEMU stamps its events has been set."""
-        ahead = clock_ahead_us()
-        step, self._clock_ahead = ahead - self._clock_ahead, ahead
-        if abs(step) > _CLOCK_STEP_US:
-            self.stops.clock_stepped(step)

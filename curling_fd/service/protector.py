@@ -43,7 +43,7 @@ from curling_fd.link.transport import FrameLink
 from curling_fd.qmp.client import EventStream, QmpClient, inherit_qmp, open_qmp
 from curling_fd.service.disks import VmDisks
 from curling_fd.service.encounter import greeted
-from curling_fd.service.examine import examine
+from curling_fd.service.examine import disks_changed, examine
 from curling_fd.service.farewell import ours, say_end, withdraw
 from curling_fd.service.fence import stop_here
 from curling_fd.service.handover import Handover
@@ -205,8 +205,7 @@ class Protector:
         """The daemon ends: leave the session to the next, or else leave the guest running and remember that
         protection is wanted.
         """
-        keeps = systemd.manager().keeps and not self._disks.replicated
-        if self.session is not None and self._record.state is State.PROTECTED and keeps:
+        if self.session is not None and self._record.state is State.PROTECTED and systemd.manager().keeps:
             self.session.restart()
             with trio.move_on_after(REST_WAIT):
                 await self._idle.wait()
@@ -399,7 +398,10 @@ class Protector:
                         await self._output.adopt(qmp)
                         self._record.counters.inherit(left.totals)
                         cards = await cards_of(qmp)
-                        await self._session_on(qmp, events, left.choice, cards, link, (estate, left))
+                        mirror = self._disks.inherit(left.mirror, estate.take("disks."))
+                        await self._session_on(
+                            qmp, events, left.choice, cards, link, (estate, left), mirror=mirror
+                        )
         finally:
             estate.close()
 
@@ -423,7 +425,8 @@ class Protector:
         else:
             record.counters = Counters(record.counters)
             await self._output.attach(qmp, cards)
-        options = engine_options(config, record.host.config, self._output.hold, report.limit())
+        will = mirror.last_will if mirror is not None else b""
+        options = engine_options(config, record.host.config, self._output.hold, report.limit(), will)
         async with (
             standing_still(qmp, lambda: record.paused),
             open_engine(qmp, choice, options, engine_left) as engine,
@@ -431,7 +434,9 @@ class Protector:
             engine.hold(record.paused)
             heard = trio.Event()
             committed, ended = partial(self._committed, report), partial(withdraw, record, heard)
-            callbacks = Callbacks(report.sent, report.copied, committed, self._paused, ended)
+            disks = mirror.disks if mirror is not None else ()
+            changed = partial(disks_changed, qmp, disks, config.shared_disks, config.scratch_disks)
+            callbacks = Callbacks(changed, report.sent, report.copied, committed, self._paused, ended)
             session = PrimarySession(
                 qmp,
                 events,
@@ -454,7 +459,8 @@ class Protector:
                 async with learning(cards.ports, session.note):
                     finish = await session.run()
                 if finish is Finish.RESTART:
-                    await leave_session(record, session, engine, qmp, events, link)
+                    await leave_session(record, session, engine, qmp, events, link, mirror)
+                    self._disks.forget()
                     return
                 await self._handover.hand_over(session, engine, qmp, "a planned switch")
                 await self._left_for_good()

@@ -32,7 +32,8 @@ from curling_fd.link.transport import FrameLink
 from curling_fd.qmp.client import EventStream, MonitorLeft, QmpClient
 from curling_fd.qmp.protocol import Event
 from curling_fd.replica.image import Replica, ReplicaLeft
-from curling_fd.service.copies import SessionCopies
+from curling_fd.service.copies import CopiesLeft, SessionCopies
+from curling_fd.service.mirror import DiskMirror, MirrorLeft
 from curling_fd.service.primary import PrimarySession
 from curling_fd.service.record import VmRecord
 from curling_fd.service.standby import Standby
@@ -43,7 +44,7 @@ from curling_fd.vmstate.records import Block
 _logger = logging.getLogger("curling")
 
 #: Version of the classes below. A daemon that finds another one starts its sessions anew.
-VERSION = 1
+VERSION = 2
 
 _MANIFEST = "manifest"
 
@@ -52,7 +53,7 @@ _converter = make_converter()
 
 @frozen
 class PrimaryLeft:
-    """A session on the primary. Descriptors: `qmp`, `link`, and the engine's.
+    """A session on the primary. Descriptors: `qmp`, `link`, the engine's, and the mirrors' of the disks.
 
     Attributes:
         peer_rests: the other host's daemon is restarted at the same time.
@@ -71,6 +72,7 @@ class PrimaryLeft:
     events: tuple[Event, ...]
     engine: EngineLeft
     totals: Totals
+    mirror: MirrorLeft | None = None
 
 
 @frozen
@@ -94,6 +96,7 @@ class BackupLeft:
     mapped: tuple[Block, ...]
     replica: ReplicaLeft
     totals: Totals
+    copies: CopiesLeft | None = None
 
 
 async def leave_session(
@@ -103,9 +106,11 @@ async def leave_session(
     qmp: QmpClient,
     events: EventStream,
     link: FrameLink,
+    mirror: DiskMirror | None,
 ) -> None:
     """Leave `session`, which is at rest, and all it borrowed, to the next daemon."""
     assert record.choice is not None
+    mirror_left, mirror_fds = await mirror.leave() if mirror is not None else (None, {})
     monitor = await qmp.leave()
     engine_left, engine_fds = engine.leave()
     pending = []
@@ -123,13 +128,18 @@ async def leave_session(
         events=tuple(pending),
         engine=engine_left,
         totals=record.counters.totals(),
+        mirror=mirror_left,
     )
+    engine_fds |= prefixed("disks.", mirror_fds)
     leave(record.name, left, {"qmp": qmp.fileno(), "link": link.fileno(), **engine_fds})
 
 
-def leave_replica(record: VmRecord, kept: Kept, link: FrameLink | None, *, silent: bool) -> None:
-    """Leave a replica and its standby to the next daemon; `link` is at rest."""
+async def leave_replica(record: VmRecord, kept: Kept, link: FrameLink | None, *, silent: bool) -> None:
+    """Leave a replica, its standby and its copies of disks to the next daemon; `link` is at rest."""
     assert record.choice is not None
+    copies, kept.copies = kept.copies, None
+    if copies is not None:
+        await trio.to_thread.run_sync(copies.end)
     images, process = kept.standby.leave()
     replica, small, device = kept.replica.leave()
     left = BackupLeft(
@@ -144,6 +154,7 @@ def leave_replica(record: VmRecord, kept: Kept, link: FrameLink | None, *, silen
         mapped=tuple(block for block, _ in kept.standby.images),
         replica=replica,
         totals=record.counters.totals(),
+        copies=copies.left() if copies is not None else None,
     )
     state = os.memfd_create("curling-device-state")
     try:
@@ -158,12 +169,25 @@ def leave_replica(record: VmRecord, kept: Kept, link: FrameLink | None, *, silen
         os.close(state)
 
 
-def inherit_replica(estate: Estate, left: BackupLeft) -> Kept:
+def inherit_replica(record: VmRecord, estate: Estate, left: BackupLeft) -> Kept:
     """Take up what `leave_replica` left.
 
     Raises:
         StandbyFailed: the standby is gone.
+        CopyUnfit: somebody has touched a copy of a disk since.
     """
+    copies = None
+    if left.copies is not None:
+        copies = SessionCopies.inherit(record.name, record.host.markers, left.copies)
+    try:
+        return _inherit_replica(estate, left, copies)
+    except BaseException:
+        if copies is not None:
+            copies.end()
+        raise
+
+
+def _inherit_replica(estate: Estate, left: BackupLeft, copies: SessionCopies | None) -> Kept:
     device_fd = estate.one("device")
     os.lseek(device_fd, 0, os.SEEK_SET)
     with os.fdopen(device_fd, "rb") as file:
@@ -177,7 +201,7 @@ def inherit_replica(estate: Estate, left: BackupLeft) -> Kept:
             os.close(fd)
         raise
     replica = Replica.inherit(standby.images, left.replica, small, device)
-    return Kept(standby, replica, left.generation, left.max_raw, left.paused, left.peer_rests)
+    return Kept(standby, replica, left.generation, left.max_raw, left.paused, left.peer_rests, copies)
 
 
 @define
@@ -189,8 +213,8 @@ class Kept:
         max_raw: its largest frame, in bytes.
         paused: the operator had the guest paused on the primary.
         peer_rests: the primary's daemon is being restarted, and ours was as well.
-        left: the next daemon goes on with them.
         copies: of the VM's disks, if any are replicated.
+        left: the next daemon goes on with them.
     """
 
     standby: Standby
@@ -199,8 +223,8 @@ class Kept:
     max_raw: int
     paused: bool = False
     peer_rests: bool = False
-    left: bool = False
     copies: SessionCopies | None = None
+    left: bool = False
 
     async def give_disks_away(self) -> None:
         """Let the standby have the disks.

@@ -25,6 +25,9 @@ from enum import Enum
 from curling_fd.qmp.protocol import Event
 from curling_fd.service.statistics import Counters
 
+#: Microseconds by which the wall clock may drift, or be slewed, between two looks.
+_CLOCK_STEP_US = 50_000
+
 
 class Window(Enum):
     """What a window frames: a checkpoint of QEMU's loop, or a whole migration."""
@@ -53,6 +56,7 @@ class StopWatcher:
         self._active = False
         self._stopped_at: int | None = None
         self._stepped = False
+        self._clock_ahead = clock_ahead_us()
 
     def window_opens(self, window: Window, now_us: int, *, counting: bool = True) -> None:
         """A checkpoint begins. Its stop goes into the statistics if `counting`."""
@@ -66,6 +70,13 @@ class StopWatcher:
         self._opened = min(self._opened, self._opened + by_us)
         self._closed = max(self._closed, self._closed + by_us)
         self._stopped_at, self._stepped = None, True
+
+    def look_at_clock(self) -> None:
+        """Notice that the clock by which QEMU stamps its events has been set."""
+        ahead = clock_ahead_us()
+        step, self._clock_ahead = ahead - self._clock_ahead, ahead
+        if abs(step) > _CLOCK_STEP_US:
+            self.clock_stepped(step)
 
     def window_closes(self, now_us: int) -> None:
         """The checkpoint is over, though the guest was not started: it had been paused before."""

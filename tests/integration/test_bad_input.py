@@ -258,7 +258,9 @@ async def test_a_disk_without_a_fitting_copy_on_the_backup(unstable_qemu: Execut
 
         await is_refused("CopyMissing", f"There is no {copy} on the backup", "'qemu-img create -f raw")
         make("raw", "2M")
-        await is_refused("CopyWrongSize", "of 2097152 bytes, and the disk data0", "qemu-img resize --shrink")
+        await is_refused(
+            "CopyWrongSize", "is of 2097152 bytes, and the disk data0", "qemu-img resize --shrink"
+        )
         make("qcow2", "1M")
         await is_refused("CopyWrongFormat", "is qcow2 and not raw", "'qemu-img create -f raw")
         make("raw", "1M")

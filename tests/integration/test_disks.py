@@ -6,6 +6,7 @@ image is looked at from outside by `read_shares`.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import subprocess
@@ -18,8 +19,10 @@ import pytest
 import trio
 from attrs import evolve
 
+from curling_fd.errors import AlreadyProtected
 from curling_fd.varlink.client import Client
 from tests.integration.stage import ROUND, SYNC, TAKEN, TAKEOVER, VM, Stage, stage
+from tests.integration.test_restart import started, stopped
 from tests.lab.cluster import Node
 from tests.lab.console import Console
 from tests.lab.guests import LinuxGuest
@@ -30,6 +33,10 @@ from tests.lab.vm import LabVm
 pytestmark = pytest.mark.qemu
 
 SIZE = 16 << 20
+
+#: How often a host is lost after other things have happened; 200 for a proof: CURLING_KILLS=200.
+TURNS = int(os.environ.get("CURLING_KILLS", "2"))
+SEED = int(os.environ.get("CURLING_SEED", str(random.randrange(1 << 31))))
 
 WRITER = LinuxGuest(pages=256, dirty=16, pause_us=5000, memory="128M", disks=1)
 
@@ -57,7 +64,9 @@ async def with_disk(
         make_image(path, form)
     vm = LabVm(qemu=qemu, guest=guest, extra=drive(here, form))
     replace = {str(here): str(there), str(there): str(here)}
-    async with stage(vm, standby={"replace": replace}, **keys) as found:
+    # Comparing and copying are much work for a machine that has others.
+    daemon = {"failure_timeout": "3s"}
+    async with stage(vm, daemon=daemon, standby={"replace": replace}, **keys) as found:
         yield found, here, there
 
 
@@ -83,12 +92,14 @@ async def reaches(console: Console, number: int) -> None:
             return
 
 
-async def checks_its_disks(here: Stage) -> None:
+async def checks_its_disks(here: Stage, writers: int = 1) -> None:
     """The guest on beta looks at every block, and finds all as its memory says."""
     start = len(here.console.lines())
     await here.console.send("v")
-    line = await here.console.wait_line("curling disk=vda writer=0 checked=", start=start, within=ROUND)
-    assert line.endswith(" bad=0"), here.console.tail()
+    for writer in range(writers):
+        checked = f"curling disk=vda writer={writer} checked="
+        line = await here.console.wait_line(checked, start=start, within=ROUND)
+        assert line.endswith(" bad=0"), here.console.tail()
     assert not [line for line in here.console.lines() if "curling bad disk" in line or "failed" in line]
 
 
@@ -201,3 +212,86 @@ async def test_a_planned_switch_there_and_back_takes_the_disk_along(
         await console.send("v")
         line = await console.wait_line("curling disk=vda writer=0 checked=", within=ROUND)
         assert line.endswith(" bad=0"), console.tail()
+
+
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+async def test_a_restart_of_either_daemon_keeps_the_disks_in_step(
+    unstable_qemu: Executable, tmp_path: Path, form: str
+) -> None:
+    async with with_disk(unstable_qemu, tmp_path, form, managed=True) as (here, _, _):
+        await here.protect(3)
+        for node in (here.primary, here.backup):
+            await stopped(node)
+            await started(node)
+            await here.more_checkpoints(5)
+        # No new copy was made.
+        assert here.happened(here.primary, "disk-copy") == 1
+        assert here.happened(here.primary, "taken-up") == 1
+        here.lose_alpha()
+        await here.taken_over()
+        await here.goes_on()
+        await checks_its_disks(here)
+
+
+#: What is done to the daemons, and to the link between them.
+DISTURBANCES = ("kill backup", "stop backup", "kill primary", "cut")
+
+
+async def disturb(here: Stage, what: str) -> None:
+    match what:
+        case "kill backup":
+            here.backup.kill()
+            await came_back(here.backup)
+        case "stop backup":
+            await here.backup.stop()
+            await came_back(here.backup)
+        case "kill primary":
+            here.primary.kill()
+            await came_back(here.primary)
+        case "cut":
+            here.alpha.cut()
+            await here.primary.wait_state(VM, "unprotected", within=SYNC)
+            here.alpha.heal()
+
+
+@pytest.mark.parametrize("turn", range(TURNS))
+async def test_whatever_happened_before_the_disk_is_of_one_moment_after_a_failover(
+    unstable_qemu: Executable, tmp_path: Path, turn: int
+) -> None:
+    """Daemons and the link break at random moments: in the first copy, in a resync, between checkpoints."""
+    seed = SEED + turn
+    print(f"CURLING_SEED={seed} CURLING_KILLS=1")
+    chance = random.Random(seed)
+    form = chance.choice(("raw", "qcow2"))
+    guest = evolve(WRITER, writers=2, disk_gap_us=chance.choice((0, 3000, 20000)))
+    # With the arbiter `manual` nobody takes over but on our word.
+    async with with_disk(unstable_qemu, tmp_path, form, guest=guest, automatic=False) as (here, _, there):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(protect_in_the_end, here)
+            for _ in range(chance.randrange(4)):
+                await trio.sleep(chance.random() * 3)
+                await disturb(here, chance.choice(DISTURBANCES))
+        await here.more_checkpoints(chance.randrange(1, 10))
+        await trio.sleep(chance.random() / 4)
+        here.lose_alpha()
+        await here.backup.wait_state(VM, "suspect", within=SYNC)
+        await here.backup.call("Failover", name=VM, force=False)
+        await here.goes_on()
+        await checks_its_disks(here, writers=2)
+        await powered_off(here)
+        shares = read_shares(plain(there, form), writers=(0, 1))
+        assert [share.wrong for share in shares] == [(), ()]
+
+
+async def protect_in_the_end(here: Stage) -> None:
+    """Have the VM protected, however often that breaks off."""
+    with trio.fail_after(SYNC):
+        while True:
+            try:
+                await here.primary.call("Protect", name=VM)
+                return
+            except AlreadyProtected:
+                await here.primary.wait_state(VM, "protected", within=SYNC)
+                return
+            except Exception:
+                await trio.sleep(0.2)

@@ -20,7 +20,7 @@ from .hosts import Host
 from .manager import ServiceManager
 
 PORT = 9271
-_START_TIMEOUT = 20.0
+_START_TIMEOUT = 60.0
 _POLL_SECONDS = 0.005
 
 

@@ -18,10 +18,15 @@ from hypothesis import strategies as st
 from curling_fd.capture.engine import EngineLeft
 from curling_fd.capture.probe import Choice
 from curling_fd.capture.settings import Before
+from curling_fd.disk.holdings import DiskLogLeft
+from curling_fd.disk.inventory import Disk
+from curling_fd.nbd.server import Session
 from curling_fd.qmp.client import MonitorLeft
 from curling_fd.qmp.protocol import Event, Greeting
 from curling_fd.replica.image import Replica, ReplicaLeft
 from curling_fd.service import restart
+from curling_fd.service.copies import CopiesLeft
+from curling_fd.service.mirror import MirrorLeft
 from curling_fd.service.restart import BackupLeft, Estate, PrimaryLeft, estates, leave
 from curling_fd.service.statistics import Totals
 from curling_fd.system import systemd
@@ -36,6 +41,7 @@ BLOCK = Block("pc.ram", 1 << 20)
 LAYOUT = RamLayout((BLOCK, Block("/rom@etc/acpi/tables", 131072)), section_id=2)
 CHOICE = Choice("incremental", "KVM", "kvm", (11, 1, 3), True)
 TOTALS = Totals(7, 6, 1 << 40, 12.5, None, 9.25)
+DISKS = (Disk("data0", 1 << 20, "raw", "/srv/disk.img", "#block123"),)
 PRIMARY = PrimaryLeft(
     generation=3,
     sequence=6,
@@ -49,6 +55,12 @@ PRIMARY = PrimaryLeft(
         LAYOUT, "pc.ram", Before({"x-colo": False}, {"max-bandwidth": 134217728}), True, (BLOCK,)
     ),
     totals=TOTALS,
+    mirror=MirrorLeft(
+        DISKS,
+        4711,
+        DiskLogLeft((1 << 20,), "ab12", 1 << 26, 3, True, 4096),
+        (Session("curling-disk0", True),),
+    ),
 )
 BACKUP = BackupLeft(
     generation=3,
@@ -62,6 +74,7 @@ BACKUP = BackupLeft(
     mapped=(BLOCK,),
     replica=ReplicaLeft(6, Configuration(b"\x07\x00\xff", "pc-q35"), LAYOUT, None, LAYOUT.blocks[1:]),
     totals=TOTALS,
+    copies=CopiesLeft(DISKS, ("/srv/copy.img",), "ab12", 3, 6),
 )
 
 
