@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from tests.lab.guests import LinuxGuest, ServerGuest
 
@@ -45,12 +45,14 @@ class Machine:
         archive: the initramfs, by its name in /mnt/lab/guest.
         taps: of its network cards.
         vhost: the kernel moves their packets.
+        disks: raw images of its disks, in the same place on both hosts.
     """
 
     guest: LinuxGuest | ServerGuest
     archive: str
     taps: tuple[str, ...] = (TAP,)
     vhost: bool = False
+    disks: tuple[str, ...] = ()
 
 
 USUAL = Machine(GUEST, "initramfs")
@@ -62,6 +64,8 @@ SERVERS = Machine(
     (TAP, "vnet1"),
     vhost=True,
 )
+
+WRITER = Machine(evolve(GUEST, disks=1), "initramfs", disks=("/srv/db1.img",))
 
 #: Not started at boot: operations.md forbids it.
 GUEST_UNIT = "[Unit]\nDescription=The guest\n[Service]\nExecStart=/usr/local/sbin/start-guest\n"
@@ -96,11 +100,15 @@ def guest_command(machine: Machine = USUAL) -> str:
     arguments[arguments.index("-kernel") + 1] = "/mnt/lab/guest/kernel"
     arguments[arguments.index("-initrd") + 1] = f"/mnt/lab/guest/{machine.archive}"
     console = "socket,id=console,path=/run/vm/console.sock,server=on,wait=off,logfile=/run/vm/console.log"
+    disks = "".join(
+        f" -drive file={path},format=raw,if=none,id=drive{number} -device virtio-blk-pci,drive=drive{number}"
+        for number, path in enumerate(machine.disks)
+    )
     replace = {
         "-m 1G": f"-m {machine.guest.memory}",
         "-vnc :1": "-display none -vga none",
         "-drive file=/srv/live.iso,media=cdrom,readonly=on": (
-            f"{shlex.join(arguments)} -chardev {console} -serial chardev:console"
+            f"{shlex.join(arguments)} -chardev {console} -serial chardev:console{disks}"
         ),
     }
     vhost = ",vhost=on" if machine.vhost else ""

@@ -160,7 +160,8 @@ async def test_a_monitor_in_a_place_without_the_label_is_denied_and_the_denial_i
     before = len(await denials(lab.beta))
     bind = "import socket; socket.socket(socket.AF_UNIX).bind('/srv/outside.qmp')"
     await lab.beta.agent.run(["python3", "-c", bind])
-    await lab.beta.agent.write("/etc/curling/vms/outside.toml", 'qmp = "/srv/outside.qmp"\n')
+    vm = f'qmp = "/srv/outside.qmp"\npeer = "{lab.alpha.link_address}:9271"\n'
+    await lab.beta.agent.write("/etc/curling/vms/outside.toml", vm)
     await lab.beta.agent.run("systemctl restart curlingd")
     done = await lab.beta.agent.run("curlingctl doctor outside", check=False)
     assert done.status != 0 and "/srv/outside.qmp" in done.stdout + done.stderr

@@ -5,6 +5,7 @@ With vhost-net and without, and in a VLAN.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from contextlib import aclosing
 from pathlib import Path
@@ -12,8 +13,10 @@ from pathlib import Path
 import trio
 from attrs import evolve
 
+from tests.lab.connections import connected
 from tests.lab.debs import run
 from tests.lab.guests import ServerGuest
+from tests.lab.servers import REDIS
 from tests.lab.traffic import Traffic
 
 from .lab import Lab
@@ -76,6 +79,8 @@ async def survives(lab: Lab, machine: Machine) -> None:
     used = [address for addresses in SERVER_ADDRESSES[: len(machine.taps)] for address in addresses]
     assert isinstance(machine.guest, ServerGuest)
     traffic = Traffic(lab.client, machine.guest.servers(), used, file_bytes=_FILE)
+    for address in used:
+        await answers(lab, address)
     async with trio.open_nursery() as nursery:
         await nursery.start(traffic.run)
         await traffic.more(_STEPS, within=300)
@@ -94,6 +99,15 @@ async def survives(lab: Lab, machine: Machine) -> None:
         assert {after[address] for address in addresses} == {mac}
         fdb = await lab.beta.agent.run(["bridge", "-j", "fdb", "show", "br", "br0"])
         assert {entry["ifname"] for entry in json.loads(fdb.stdout) if entry["mac"] == mac} == {tap}
+
+
+async def answers(lab: Lab, address: str) -> None:
+    """Wait until the guest is found there: a client gives up after three seconds, a busy lab takes longer."""
+    with trio.fail_after(120):
+        while True:
+            with contextlib.suppress(OSError):
+                async with connected(lab.client, address, REDIS):
+                    return
 
 
 def neighbours(lab: Lab) -> dict[str, str]:
