@@ -122,6 +122,11 @@ class Standby:
         except StandbyFailed as error:
             raise StandbyFailed(error.problem, self.process.stderr_tail()) from None
         await self.start(shared=True)
+        try:
+            async with open_qmp(self.qmp_path, patience=START_TIMEOUT):
+                pass  # it has opened its devices: at a failover it answers at once
+        except QmpError as error:
+            raise StandbyFailed(str(error), self.process.stderr_tail()) from None
 
     def release(self) -> None:
         """It is the active VM now, and outlives us; the images stay mapped in it."""

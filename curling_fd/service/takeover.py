@@ -30,7 +30,7 @@ async def activate(qmp_path: Path, replica: Replica, *, paused: bool) -> None:
     ours, theirs = socket.socketpair()
     try:
         with trio.fail_after(LOAD_TIMEOUT):
-            async with open_qmp(qmp_path, patience=LOAD_TIMEOUT) as qmp:
+            async with open_qmp(qmp_path) as qmp:
                 with qmp.events() as events:
                     # Disks are not locked, nor looked at, before the guest runs: until then they are the
                     # copies of a daemon, which goes on writing to them after a rehearsal.
