@@ -30,6 +30,7 @@ class Here:
         machine: its resolved machine type.
         needed: bytes the backup must have.
         devices: names from `system.platform.DEVICES` that its QEMU uses, `kvm` for one.
+        disks: how many are replicated.
     """
 
     runs: bool
@@ -37,6 +38,7 @@ class Here:
     machine: str | None = None
     needed: int = 0
     devices: frozenset[str] = frozenset()
+    disks: int = 0
 
 
 def devices_used(argv: Sequence[str], accelerator: str) -> frozenset[str]:
@@ -82,6 +84,10 @@ def compare_vm(vm: str, here: Here, facts: Facts, ours: str) -> Iterator[Check]:
         message = f"{facts.host} has {have} left, and the standby needs {need}"
         remedy = "free or add memory there (a limit on curlingd's unit counts too), or lower max_checkpoint"
         yield Check("memory", vm, "failed", message, remedy)
+    for copy in facts.copies:
+        yield Check(copy.check, vm, copy.status, copy.message, copy.remedy)
+    if here.disks and not facts.copies:
+        yield Check("disks", vm, "ok", f"each replicated disk has a fitting copy on {facts.host}")
     if facts.arbiter != ours:
         message = f'{facts.host} has arbiter = "{facts.arbiter}", this host "{ours}"'
         yield Check(

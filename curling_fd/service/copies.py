@@ -21,6 +21,14 @@ from curling_fd.disk.marker import Marker
 from curling_fd.disk.markers import MarkerStore, stamp
 from curling_fd.disk.spec import CopySpec
 from curling_fd.errors import ConfigError, CopyUnusable, DiskCopyFailed
+from curling_fd.service.config import VmConfig
+from curling_fd.standby.paths import Paths
+
+
+def specs(config: VmConfig, disks: Sequence[Disk]) -> list[CopySpec]:
+    """The copies of `disks` on this host: where the standby's command line has them."""
+    told = Paths("", config.standby.replace)
+    return [CopySpec(disk.name, told.read(disk.path), disk.format, disk.size) for disk in disks]
 
 
 @frozen

@@ -10,8 +10,10 @@ from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import trio
+from attrs import evolve
 
 from curling_fd.capture.intake import PIECE
+from curling_fd.disk.epoch import HARD
 from curling_fd.errors import (
     ArbiterError,
     CurlingError,
@@ -128,15 +130,17 @@ class _Look:
 
     def _take(self, record: VmRecord, examined: Examined) -> None:
         ram = sum(block.size for block in examined.memory)
-        staging = min(HEAD_SIZE + max(record.config.max_checkpoint, PIECE), ram)
+        logs = HARD * record.config.disk_log_limit if examined.disks else 0
+        staging = min(HEAD_SIZE + max(record.config.max_checkpoint, PIECE), ram) + logs
         self.here = Here(
             runs=True,
             version=examined.choice.version,
             machine=examined.machine,
             needed=memory_needed(ram, staging),
             devices=devices_used(examined.argv, examined.choice.accelerator),
+            disks=len(examined.disks),
         )
-        self.question = Question(examined.argv[0], examined.machine)
+        self.question = Question(examined.argv[0], examined.machine, disks=examined.disks)
 
 
 class _Peers:
@@ -186,7 +190,7 @@ class _Peers:
                     token = await record.arbiter.leave_token(record.name)
                 except ArbiterError:
                     pass  # it has been told already
-            return await ask(link, record, Question(question.binary, question.machine, token))
+            return await ask(link, record, evolve(question, token=token))
         finally:
             link.close()
             if isinstance(record.arbiter, FileArbiter) and token is not None:

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import trio
 from attrs import field, frozen
 
 from curling_fd import __version__
-from curling_fd.errors import ArbiterError, FrameError, QmpError, StandbyFailed
+from curling_fd.disk.inventory import Disk
+from curling_fd.disk.inventory import decode as decode_disks
+from curling_fd.disk.precheck import check_copy
+from curling_fd.errors import ArbiterError, CopyUnfit, FrameError, QmpError, StandbyFailed
 from curling_fd.failover.arbiter import FileArbiter
 from curling_fd.failover.states import State, role
 from curling_fd.link.frames import Kind
 from curling_fd.link.transport import FrameLink, Received
 from curling_fd.qmp.client import open_qmp
+from curling_fd.sentences import sentence
+from curling_fd.service.copies import specs
 from curling_fd.service.greeting import probe
 from curling_fd.service.hostcheck import Check, check_host
 from curling_fd.service.record import VmRecord
@@ -57,6 +62,7 @@ class Question:
     binary: str | None = None
     machine: str | None = None
     token: str | None = None
+    disks: tuple[Disk, ...] = ()
 
 
 @frozen
@@ -75,6 +81,7 @@ class Facts:
         memory: bytes it can still give.
         devices: names from `system.platform.DEVICES` that it has.
         checks: what it finds about itself.
+        copies: what is wrong with its copies of the VM's disks.
         clock_ahead: seconds its clock is ahead of ours, give or take `clock_margin`.
     """
 
@@ -91,6 +98,7 @@ class Facts:
     memory: int
     devices: frozenset[str]
     checks: tuple[Check, ...] = field(factory=tuple)
+    copies: tuple[Check, ...] = field(factory=tuple)
     clock_ahead: float = 0.0
     clock_margin: float = 0.0
 
@@ -102,7 +110,12 @@ async def ask(link: FrameLink, record: VmRecord, question: Question) -> Facts:
         PeerRefused, PeerIncompatible: it does not know the VM, or speaks another version.
         LinkError, FrameError: there is no curlingd that answers.
     """
-    content = {"binary": question.binary, "machine": question.machine, "token": question.token}
+    content = {
+        "binary": question.binary,
+        "machine": question.machine,
+        "token": question.token,
+        "disks": [disk.encode() for disk in question.disks],
+    }
     began = time.time()
     received = await probe(link, record.host.name, record.name, content)
     return decode(received.content, began, time.time())
@@ -116,7 +129,8 @@ async def answer(link: FrameLink, record: VmRecord, asked: Received) -> None:
     """
     arrived = time.time()
     names = ("binary", "machine", "token")
-    question = Question(*(_optional(asked.content, name, _text) for name in names))
+    binary, machine, token = (_optional(asked.content, name, _text) for name in names)
+    question = Question(binary, machine, token, decode_disks(asked.content.get("disks", [])))
     async with _answering:
         content = await collect(record, question)
     content["clock"] = [arrived, time.time()]
@@ -168,11 +182,33 @@ def _look(record: VmRecord, question: Question) -> dict[str, Any]:
             found["machine_known"] = question.machine in program.machines
     except StandbyFailed as error:
         found["problem"] = error.problem
-    checks = [
-        {"check": check.check, "status": check.status, "message": check.message, "remedy": check.remedy}
-        for check in check_host(record.host.config)
-    ]
-    return found | {"memory": available(), "devices": sorted(devices()), "checks": checks}
+    return found | {
+        "memory": available(),
+        "devices": sorted(devices()),
+        "checks": [_encoded(check) for check in check_host(record.host.config)],
+        "copies": [_encoded(check) for check in _look_at_copies(record, question.disks)],
+    }
+
+
+def _look_at_copies(record: VmRecord, disks: Sequence[Disk]) -> Iterator[Check]:
+    """Of which disk what is here cannot be the copy."""
+    if role(record.state) == "backup":
+        return  # they are in our own hands
+    for spec in specs(record.config, disks):
+        try:
+            check_copy(spec)
+        except CopyUnfit as error:
+            words = sentence(error)
+            yield Check(f"disk {spec.disk}", None, "failed", words.text, words.remedy)
+
+
+def _encoded(check: Check) -> dict[str, str]:
+    return {
+        "check": check.check,
+        "status": check.status,
+        "message": check.message,
+        "remedy": check.remedy,
+    }
 
 
 # What a peer says.
@@ -205,6 +241,7 @@ def decode(content: Mapping[str, Any], began: float, ended: float) -> Facts:
         memory=_needed(content, "memory", _whole),
         devices=frozenset(_needed(content, "devices", _texts)),
         checks=_needed(content, "checks", _checks),
+        copies=_needed(content, "copies", _checks),
         clock_ahead=ahead,
         clock_margin=margin,
     )

@@ -18,12 +18,11 @@ from curling_fd.link.transport import FrameLink
 from curling_fd.qmp.client import open_qmp
 from curling_fd.replica.image import Replica
 from curling_fd.service.backup import definition_problem
-from curling_fd.service.copies import Closing, SessionCopies
+from curling_fd.service.copies import Closing, SessionCopies, specs
 from curling_fd.service.network import VmNetwork, decode_ports, decode_taps
 from curling_fd.service.record import VmRecord
 from curling_fd.service.restart import Kept
 from curling_fd.service.standby import Standby, start_standby
-from curling_fd.standby.paths import Paths
 from curling_fd.vmstate.records import Block
 
 #: A primary describes its VM within this many seconds of its greeting.
@@ -84,9 +83,7 @@ async def _open_copies(record: VmRecord, content: dict[str, Any], generation: in
     disks = decode(content["disks"])
     if not disks:
         return None
-    # The same change as to the command line, where the path stands.
-    told = Paths("", record.config.standby.replace)
-    paths = [told.read(disk.path) for disk in disks]
+    paths = [spec.path for spec in specs(record.config, disks)]
     markers, basis = record.host.markers, content["disk_basis"]
     return await trio.to_thread.run_sync(
         SessionCopies.open, record.name, markers, disks, paths, basis, generation

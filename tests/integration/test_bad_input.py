@@ -257,6 +257,10 @@ async def test_a_disk_without_a_fitting_copy_on_the_backup(unstable_qemu: Execut
             assert remedy in refusal.remedy
 
         await is_refused("CopyMissing", f"There is no {copy} on the backup", "'qemu-img create -f raw")
+        checks = (await here.primary.call("Doctor", name=VM))["checks"]
+        (doctor,) = [check for check in checks if check["check"] == "disk data0"]
+        assert doctor["status"] == "failed"
+        assert f"There is no {copy} on the backup" in doctor["message"]
         make("raw", "2M")
         await is_refused(
             "CopyWrongSize", "is of 2097152 bytes, and the disk data0", "qemu-img resize --shrink"

@@ -30,6 +30,7 @@ CONTENT: dict[str, Any] = {
     "memory": 8 << 30,
     "devices": ["kvm", "tun"],
     "checks": [],
+    "copies": [],
     "clock": [1000.25, 1000.75],
 }
 HERE = Here(
@@ -200,6 +201,16 @@ def test_both_hosts_ask_the_same_arbiter() -> None:
 def test_a_vm_that_both_say_they_run() -> None:
     assert told(facts(state="unprotected"))["role"][0] == "failed"
     assert "role" not in told(facts(state="unprotected"), evolve(HERE, runs=False))
+
+
+def test_copies_of_disks_must_fit_there() -> None:
+    with_disks = evolve(HERE, disks=2)
+    assert "disks" not in told(facts())
+    assert told(facts(), with_disks)["disks"][0] == "ok"
+    wrong = {"check": "disk data0", "status": "failed", "message": "There is none.", "remedy": "Make it."}
+    found = told(facts(copies=[wrong]), with_disks)
+    assert found["disk data0"] == ("failed", "There is none.")
+    assert "disks" not in found
 
 
 def test_what_the_other_host_finds_about_itself_is_told_here() -> None:
