@@ -17,6 +17,7 @@ from curling_fd.errors import (
     GuestNotRunning,
     MigrationBlocked,
     QmpCommandFailed,
+    QmpTimeout,
     StandbyFailed,
 )
 from curling_fd.qmp.client import QmpClient
@@ -124,7 +125,10 @@ async def disks_changed(
     """
     while True:
         await trio.sleep(_LOOK_AT_DISKS)
-        now = await disks_of(qmp, shared, scratch)
+        try:
+            now = await disks_of(qmp, shared, scratch)
+        except QmpTimeout:
+            continue  # a slow backup keeps QEMU busy at the end of a first pass
         if list(now) != list(before):
             different = {disk.name for disk in {*now} ^ {*before}}
             raise DisksChanged(tuple(sorted(different)))
