@@ -15,8 +15,9 @@ from curling_fd.errors import DaemonUnreachable, NotPermitted
 from curling_fd.units import format_duration
 from curling_fd.varlink.client import Client
 
-PATIENCE = 10.0
-"""Seconds a question may take that the daemon answers from memory. What changes a VM takes its time."""
+PATIENCE = 30.0
+"""Seconds a question may take that the daemon answers from memory, its start by the socket included. What
+changes a VM takes its time."""
 
 
 @frozen
