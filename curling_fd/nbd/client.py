@@ -215,11 +215,6 @@ class Replies:
         gaps = [(request.offset, request.offset + request.length)] if request.length else []
         self._pending[request.cookie] = _Pending(request, gaps if request.kind == Command.READ else [])
 
-    @property
-    def outstanding(self) -> int:
-        """Requests that are not answered."""
-        return len(self._pending)
-
     def read(self) -> Steps[Event]:
         """The next thing the server says.
 

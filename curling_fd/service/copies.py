@@ -28,7 +28,11 @@ from curling_fd.standby.paths import Paths
 def specs(config: VmConfig, disks: Sequence[Disk]) -> list[CopySpec]:
     """The copies of `disks` on this host: where the standby's command line has them."""
     told = Paths("", config.standby.replace)
-    return [CopySpec(disk.name, told.read(disk.path), disk.format, disk.size) for disk in disks]
+    return [_spec(disk, told.read(disk.path)) for disk in disks]
+
+
+def _spec(disk: Disk, path: str) -> CopySpec:
+    return CopySpec(disk.name, path, disk.format, disk.size)
 
 
 @frozen
@@ -90,12 +94,7 @@ class SessionCopies:
         for disk, path in zip(disks, paths, strict=True):
             marker = markers.get(disk.name)
             alike.append(marker is not None and marker.basis_for(disk.size, stamp(path)) == basis)
-        copies = Copies.open(
-            [
-                CopySpec(disk.name, path, disk.format, disk.size)
-                for disk, path in zip(disks, paths, strict=True)
-            ]
-        )
+        copies = Copies.open([_spec(disk, path) for disk, path in zip(disks, paths, strict=True)])
         try:
             store.save(vm, {name: marker.invalidated() for name, marker in markers.items()})
         except BaseException:
